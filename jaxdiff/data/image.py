@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from jaxdiff.errors import DataError
+from jaxdiff.errors import ConfigError, DataError
 from jaxdiff.types import Array
 
 
@@ -34,7 +34,7 @@ def encode(x: Array | np.ndarray) -> Array:
 def grid(images: Array | np.ndarray, columns: int | None = None, *, gap: int = 2) -> Image.Image:
     """Lay uint8 images (n, h, w, 1, 3 or 4) row by row on white, `columns` a row (default: nearly square).
 
-    Raises DataError for another shape or type.
+    Raises DataError for another shape or type, ConfigError for `columns` below 1.
     """
     tiles = np.asarray(images)
     if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] not in (1, 3, 4) or len(tiles) == 0:
@@ -42,7 +42,9 @@ def grid(images: Array | np.ndarray, columns: int | None = None, *, gap: int = 2
             f"grid takes uint8 (n, h, w, 1, 3 or 4), got {tiles.dtype} {tiles.shape}. Call encode(x) first."
         )
     count, height, width, channels = tiles.shape
-    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
+    if columns < 1:
+        raise ConfigError(f"columns must be an integer >= 1, got {columns}.")
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
     for i, tile in enumerate(tiles):

@@ -1,0 +1,97 @@
+"""A small text encoder, trained from scratch beside the picture network.
+
+    h = embed(ids) + position;   h = h + attention(norm(h));   h = h + mlp(norm(h));   tokens = norm(h)
+    pooled = sum(mask * tokens) / sum(mask)
+
+The seam: anything that returns `TextFeatures` conditions a network. The first position is never masked, so an empty
+caption (all ids 0) is the learned embedding of id 0 there: one null token, not an attention over nothing.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.errors import ConfigError
+from jaxdiff.types import Array, Key
+
+
+class TextFeatures(NamedTuple):
+    """What a text encoder gives: `tokens` (b, L, d), `mask` bool (b, L) of those to look at, `pooled` (b, d)."""
+
+    tokens: Array
+    mask: Array
+    pooled: Array
+
+
+class TextEncoder(nn.Module):
+    """Token ids int32 (b, L) -> TextFeatures: a pre-norm transformer of `depth` layers (0: embeddings and positions).
+
+    Raises ConfigError when L exceeds `max_len` or `heads` does not divide `dim`.
+    """
+
+    vocab_size: int
+    dim: int = 128
+    depth: int = 2
+    heads: int = 4
+    max_len: int = 32
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: Array) -> TextFeatures:
+        self._check(ids)
+        mask = (ids != 0).at[:, 0].set(True)
+        positions = self.param("positions", nn.initializers.normal(0.02), (self.max_len, self.dim))
+        x = nn.Embed(self.vocab_size, self.dim, dtype=self.dtype, name="embed")(ids)
+        x = x + positions[None, : ids.shape[1]].astype(self.dtype)
+        for i in range(self.depth):
+            x = _Block(self.heads, self.dtype, name=f"block_{i}")(x, mask)
+        tokens = _norm(x, "norm")
+        return TextFeatures(tokens, mask, _masked_mean(tokens, mask))
+
+    def _check(self, ids: Array) -> None:
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.max_len:
+            raise ConfigError(f"ids must have shape (b, L) with 1 <= L <= max_len={self.max_len}, got {ids.shape}.")
+        if self.dim % self.heads:
+            raise ConfigError(f"heads must divide dim={self.dim}, got {self.heads}.")
+
+
+class _Block(nn.Module):
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array) -> Array:
+        batch, length, dim = x.shape
+        h = _norm(x, "norm_attention")
+        h = nn.Dense(3 * dim, dtype=self.dtype, name="qkv")(h).reshape(batch, length, 3, self.heads, -1)
+        h = jax.nn.dot_product_attention(h[:, :, 0], h[:, :, 1], h[:, :, 2], mask=mask[:, None, None, :])
+        x = x + nn.Dense(dim, dtype=self.dtype, name="out")(h.reshape(x.shape))
+        h = _norm(x, "norm_mlp")
+        h = nn.gelu(nn.Dense(4 * dim, dtype=self.dtype, name="up")(h))
+        return x + nn.Dense(dim, dtype=self.dtype, name="down")(h)
+
+
+def _norm(x: Array, name: str) -> Array:
+    """LayerNorm with float32 statistics, whatever the compute type."""
+    return nn.LayerNorm(dtype=jnp.float32, name=name)(x).astype(x.dtype)
+
+
+def _masked_mean(tokens: Array, mask: Array) -> Array:
+    weights = mask.astype(jnp.float32)
+    total = jnp.einsum("bld,bl->bd", tokens.astype(jnp.float32), weights)
+    return (total / weights.sum(axis=1, keepdims=True)).astype(tokens.dtype)
+
+
+def drop_captions(key: Key, ids: Array, rate: float) -> Array:
+    """Replace each row of `ids` (b, L) by zeros, the null prompt, with probability `rate`.
+
+    `key` is one key (then one per example is derived by index) or (b,) keys. Ho and Salimans 2022, Algorithm 1.
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise ConfigError(f"rate must be between 0 and 1, got {rate}.")
+    if key.ndim == 0:
+        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ids.shape[0]))
+    dropped = jax.vmap(lambda k: jax.random.bernoulli(k, rate))(key)
+    return jnp.where(dropped[:, None], jnp.zeros_like(ids), ids)
