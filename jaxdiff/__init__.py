@@ -1,0 +1,12 @@
+"""jaxdiff: verified, composable diffusion models in JAX. Everything meets at one function, denoise(x_t, t) -> x0.
+
+    import jaxdiff as jd
+    schedule = jd.schedule.cosine()
+    denoise = jd.denoise.from_net(net, schedule=schedule, target=jd.target.v)
+
+Networks, data, text, training and metrics are imported by name (`from jaxdiff import nets`): this import is light.
+"""
+
+from jaxdiff import denoise, errors, process, schedule, target, types
+
+__all__ = ["denoise", "errors", "process", "schedule", "target", "types"]

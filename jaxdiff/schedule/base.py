@@ -1,0 +1,92 @@
+"""What every schedule shares: shapes and dtypes, derivatives, log-SNR, and an inverse that is exact at both ends.
+
+logsnr = 2 (log alpha - log sigma), clamped to +-80
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxdiff.errors import ConfigError
+from jaxdiff.types import Array, Schedule
+
+LOGSNR_MAX = 80.0
+_FLOOR = 1e-30  # keeps log(0) finite; its log-SNR is far outside the clamp
+_EDGE = 1e-6  # distance from the ends at which derivatives are taken: d sigma/dt of a VP schedule is infinite at 0
+
+
+def as_float(x: Array | np.ndarray | float) -> Array:
+    """`x` as a JAX array of at least float32: float32 and float64 stay, anything else becomes float32."""
+    x = jnp.asarray(x)
+    return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
+
+
+def expand(a: Array | float, x: Array) -> Array:
+    """`a`, a scalar or (b,), in the dtype of `as_float(x)` and shaped to broadcast against `x` (b, ...).
+
+    Raises ConfigError if `a` is neither a scalar nor as long as the batch.
+    """
+    a = jnp.asarray(a).astype(as_float(x).dtype)
+    if a.ndim == 1 and x.ndim >= 1 and a.shape[0] == x.shape[0]:
+        return a.reshape(a.shape + (1,) * (x.ndim - 1))
+    if a.ndim == 0:
+        return a.reshape((1,) * x.ndim)
+    raise ConfigError(
+        f"a time or scale must be a scalar or have shape ({x.shape[0] if x.ndim else 'b'},) to go with"
+        f" x of shape {x.shape}, got shape {a.shape}. Use t of shape (x.shape[0],)."
+    )
+
+
+def derivative(schedule: Schedule, t: Array | float) -> tuple[Array, Array]:
+    """(d alpha/dt, d sigma/dt), finite: within 1e-6 of an end, the value at that distance is used.
+
+    Needed by the velocity target and by the drift and diffusion of the SDE (Song et al. 2021, eq. 29).
+    """
+    t = jnp.clip(as_float(t), _EDGE, 1 - _EDGE)
+    _, tangents = jax.jvp(lambda u: (schedule.alpha(u), schedule.sigma(u)), (t,), (jnp.ones_like(t),))
+    return tangents
+
+
+def safe_sqrt(u: Array) -> Array:
+    """Square root with derivative 0, not infinity, at 0."""
+    positive = u > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, u, 1)), 0)
+
+
+def pin(t: Array, value: Array, start: float, end: float) -> Array:
+    """`value`, with its limits exact: `start` at t <= 0 and `end` at t >= 1."""
+    return jnp.where(t <= 0, start, jnp.where(t >= 1, end, value)).astype(t.dtype)
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+class Base:
+    """What all schedules share: log-SNR from alpha and sigma, and an inverse that is exact at infinite log-SNR."""
+
+    def alpha(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def sigma(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def _inverse(self, logsnr: Array) -> Array:
+        raise NotImplementedError
+
+    def project(self, a: Array, b: Array) -> tuple[Array, Array]:
+        """The (alpha, sigma) of this family with alpha : sigma = a : b. Here: alpha^2 + sigma^2 = 1."""
+        norm = jnp.sqrt(jnp.square(a) + jnp.square(b))
+        return a / norm, b / norm
+
+    def logsnr(self, t: Array) -> Array:
+        """log(alpha^2 / sigma^2), clamped to +-80."""
+        log_alpha, log_sigma = (jnp.log(jnp.maximum(u, _FLOOR)) for u in (self.alpha(t), self.sigma(t)))
+        return jnp.clip(2 * (log_alpha - log_sigma), -LOGSNR_MAX, LOGSNR_MAX)
+
+    def inverse(self, logsnr: Array) -> Array:
+        """The t with this log-SNR, clipped to [0, 1]; the clamps +-80 are the ends themselves."""
+        logsnr = as_float(logsnr)
+        t = jnp.clip(self._inverse(jnp.clip(logsnr, -LOGSNR_MAX, LOGSNR_MAX)), 0, 1)
+        return jnp.where(logsnr >= LOGSNR_MAX, 0, jnp.where(logsnr <= -LOGSNR_MAX, 1, t)).astype(logsnr.dtype)
