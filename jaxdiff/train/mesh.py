@@ -8,7 +8,7 @@ else is on every device. XLA inserts the collectives, so the same code runs on o
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ MIN_SHARDED = 2**12
 T = TypeVar("T")
 
 
-def make(data: int = -1, fsdp: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(data: int = -1, fsdp: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """A ('data', 'fsdp') mesh over `devices` (default: all); -1 for one of the two means the rest.
 
     Raises ConfigError when the sizes do not multiply to the number of devices.
@@ -70,6 +70,16 @@ def state_sharding(mesh: Mesh, state: PyTree) -> PyTree:
 def born_sharded(mesh: Mesh, init: Callable[[], T]) -> T:
     """Runs `init()` compiled so that each device makes only its own share; no device ever holds the whole state."""
     return jax.jit(init, out_shardings=state_sharding(mesh, jax.eval_shape(init)))()
+
+
+def template(mesh: Mesh, init: Callable[[], T]) -> T:
+    """Shapes, dtypes and shardings of `init()` without making it: what `Checkpoints.restore` restores onto."""
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        state_sharding(mesh, shapes),
+    )
 
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:

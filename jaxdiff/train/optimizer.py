@@ -11,6 +11,7 @@ import difflib
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.types import Array
@@ -33,7 +34,7 @@ def rate(
     if decay == "cosine" and total_steps < 1:
         raise ConfigError(f"decay='cosine' needs total_steps >= 1, got {total_steps}. Pass the length of the run.")
 
-    def schedule(count: Array) -> Array:
+    def schedule(count: ArrayLike) -> Array:
         n = jnp.asarray(count, jnp.float32)
         warm = jnp.minimum(1.0, (n + 1.0) / warmup_steps) if warmup_steps else jnp.ones_like(n)
         if decay == "cosine":

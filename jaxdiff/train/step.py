@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -78,7 +79,7 @@ class Step:
 
     def _place(self, batches: PyTree) -> PyTree:
         for leaf in jax.tree.leaves(batches):
-            self._check(jnp.shape(leaf))
+            self._check(np.shape(leaf))
         if self.mesh is None:
             return batches
         return jax.device_put(batches, mesh_lib.batch_sharding(self.mesh, leading=1))
