@@ -10,10 +10,21 @@ keeps the same across its versions.
 """
 
 import functools
+from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, DataError
+
+_FAR = 2**60
+
+
+class Examples(Protocol):
+    """What `stream` reads: a length, and one array an index (`ImageFolder` is one)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> np.ndarray: ...
 
 
 @functools.lru_cache(maxsize=4)
@@ -45,3 +56,27 @@ def orders(seed: int, step: int, count: int, *, batch_size: int, num_examples: i
     if count < 1:
         raise ConfigError(f"count must be an integer >= 1, got {count}.")
     return np.stack([order(seed, step + k, batch_size=batch_size, num_examples=num_examples) for k in range(count)])
+
+
+def stream(
+    source: Examples, *, seed: int, batch_size: int, step: int = 0, threads: int = 8
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of a set that does not fit in memory: pairs (indices int32 (b,), examples (b, ...)), without end.
+
+    The batch of each step is that of `order(seed, step)`, read ahead by Grain's threads; `step` resumes there. Look
+    labels and captions up by the indices. Raises DataError when Grain is not installed.
+    """
+    order(seed, step, batch_size=batch_size, num_examples=len(source))  # the same checks
+    try:
+        import grain
+    except ImportError as error:
+        raise DataError("streaming needs Grain. Type: pip install 'jaxdiff[grain]'.") from error
+
+    def example(position: int) -> tuple[np.int32, np.ndarray]:
+        epoch, place = divmod(position, len(source))
+        index = _permutation(seed, epoch, len(source))[place]
+        return index, source[int(index)]
+
+    positions = grain.MapDataset.range(step * batch_size, _FAR // batch_size * batch_size)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
+    return iter(positions.map(example).to_iter_dataset(options).batch(batch_size))

@@ -42,13 +42,14 @@ def grid(images: Array | np.ndarray, columns: int | None = None, *, gap: int = 2
             f"grid takes uint8 (n, h, w, 1, 3 or 4), got {tiles.dtype} {tiles.shape}. Call encode(x) first."
         )
     count, height, width, channels = tiles.shape
-    columns = min(count, math.ceil(math.sqrt(count)) if columns is None else columns)
-    if columns < 1:
+    wanted = math.ceil(math.sqrt(count)) if columns is None else columns
+    if wanted < 1:
         raise ConfigError(f"columns must be an integer >= 1, got {columns}.")
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    across = min(count, wanted)
+    rows = -(-count // across)
+    sheet = np.full((rows * (height + gap) - gap, across * (width + gap) - gap, channels), 255, np.uint8)
     for i, tile in enumerate(tiles):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        top, left = i // across * (height + gap), i % across * (width + gap)
         sheet[top : top + height, left : left + width] = tile
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 

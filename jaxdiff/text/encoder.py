@@ -75,7 +75,7 @@ class _Block(nn.Module):
 
 def _norm(x: Array, name: str) -> Array:
     """LayerNorm with float32 statistics, whatever the compute type."""
-    return nn.LayerNorm(dtype=jnp.float32, name=name)(x).astype(x.dtype)
+    return nn.LayerNorm(dtype=jnp.float32, name=name)(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def _masked_mean(tokens: Array, mask: Array) -> Array:
