@@ -1,0 +1,5 @@
+"""Flax Linen networks: `UNet` with its presets, `DiT`, `MLP`. They know no diffusion maths."""
+
+from jaxdiff.nets.unet import UNet, adm, ddpm_cifar10, edm_ddpmpp, small
+
+__all__ = ["UNet", "adm", "ddpm_cifar10", "edm_ddpmpp", "small"]
