@@ -1,0 +1,178 @@
+"""The edge where text becomes values: configs, overrides, names; every mistake is answered by the nearest valid name.
+
+    --config=emoji                       a file of experiments/configs (bare name), or a path to a .py file
+    --config.train.batch_size=64         one field, of the type that the config gives it
+    --config.diffusion.weighting='min_snr(gamma=5)'     a name with options, as `call` reads it
+
+Overrides are read here and not by absl flags: absl's are global (a second call in the same process, as a notebook
+makes, would fail), and it answers a mistyped name with a traceback.
+"""
+
+import argparse
+import ast
+import difflib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import experiments.configs
+from jaxdiff.errors import ConfigError, JaxdiffError
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
+    """An error naming the nearest of the known names, and all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return ConfigError(f"unknown {what} {name!r}. {hint}Known: {', '.join(known)}.")
+
+
+def call(what: str, text: str, table: Mapping[str, Callable], **given: Any) -> Any:
+    """Build what `text` names: 'cosine' or 'cosine(s=0.01)' calls table['cosine'](**given it accepts, **options).
+
+    Options must be literals. Raises ConfigError with the nearest name for an unknown entry or option.
+    """
+    name, paren, _ = text.partition("(")
+    name = name.strip()
+    if name not in table:
+        raise unknown(what, name, table)
+    accepted = inspect.signature(table[name]).parameters
+    options = _options(what, text) if paren else {}
+    for option in options:
+        if option not in accepted:
+            raise unknown(f"option of {what} {name}:", option, set(accepted) - set(given))
+    kwargs = {k: v for k, v in given.items() if k in accepted} | options
+    missing = [k for k, p in accepted.items() if p.default is p.empty and k not in kwargs and p.kind in (1, 3)]
+    if missing:
+        raise ConfigError(f"{what} {name!r} needs {', '.join(missing)}: write {name}({missing[0]}=...).")
+    return table[name](**kwargs)
+
+
+def _options(what: str, text: str) -> dict[str, Any]:
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        if not isinstance(node, ast.Call) or node.args:
+            raise ValueError("not name(option=value)")
+        return {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"cannot read {what} {text!r}. Write name or name(option=number, ...).") from error
+
+
+def config_names() -> list[str]:
+    """The bare names that --config takes."""
+    return sorted(m.name for m in pkgutil.iter_modules(experiments.configs.__path__) if not m.name.startswith("_"))
+
+
+def load_config(name: str) -> ConfigDict:
+    """The config of a bare name or of a path to a .py file with a function get_config()."""
+    if name in config_names():
+        return importlib.import_module(f"experiments.configs.{name}").get_config()
+    if not name.endswith(".py"):
+        raise unknown("config", name, config_names())
+    if not Path(name).is_file():
+        raise ConfigError(f"config file {name} does not exist. Give a file, or one of: {', '.join(config_names())}.")
+    spec = importlib.util.spec_from_file_location("experiment_config", name)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"config file {name} cannot be loaded as Python.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"config file {name} has no function get_config() that returns a ConfigDict.")
+    return module.get_config()
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'train': {'steps': 1}} -> {'train.steps': 1}."""
+    flat = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, path + ".") if isinstance(value, Mapping | ConfigDict) else {path: value}
+    return flat
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """Set one field, e.g. ('train.steps', '100'), read as the type that the field has."""
+    flat = flatten(config)
+    if key not in flat:
+        raise unknown("config key", key, flat)
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[leaf] = _typed(key, text, flat[key])
+
+
+_BOOLS = {"true": True, "1": True, "false": False, "0": False}
+_READ: dict[type, tuple[str, Callable[[str], Any]]] = {
+    bool: ("true or false", lambda text: _BOOLS[text.lower()]),
+    int: ("an integer", int),
+    float: ("a number", float),
+    str: ("text", str),
+}
+
+
+def _typed(key: str, text: str, default: Any) -> Any:
+    kind = type(default)
+    if kind is tuple:
+        item = default[0] if default else ""
+        parts = text.strip("()[] ").split("," if "," in text or not isinstance(item, str) else "\0")
+        return tuple(_typed(key, part.strip().strip("'\""), item) for part in parts if part.strip())
+    wanted, read = _READ[kind]
+    try:
+        return read(text)
+    except (ValueError, KeyError) as error:
+        message = f"{key} must be {wanted}, got {text!r}. Type for example --config.{key}={default}"
+        raise ConfigError(message) from error
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
+    """Read `argv`: the parser's own options (among them --config), and --config.KEY=VALUE overrides."""
+    overrides, rest = [], []
+    queue = list(argv)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        if not equals and (not queue or queue[0].startswith("--")):
+            raise ConfigError(f"--config.{key} has no value. Type --config.{key}=VALUE.")
+        overrides.append((key, text if equals else queue.pop(0)))
+    args = parse_args(parser, rest)
+    config = load_config(args.config)
+    for key, text in overrides:
+        override(config, key, text)
+    return config, args
+
+
+def parse_args(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """`parser.parse_args` whose unknown options are answered with the nearest known one."""
+    args, extra = parser.parse_known_args(argv)
+    if extra:
+        known = [o for action in parser._actions for o in action.option_strings]
+        raise unknown("option", extra[0].split("=")[0], known)
+    return args
+
+
+def describe() -> str:
+    """The list of configs, one line each, for --help."""
+    lines = []
+    for name in config_names():
+        doc = inspect.getdoc(importlib.import_module(f"experiments.configs.{name}")) or ""
+        lines.append(f"  {name:14s}{doc.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def main(run: Callable[[Sequence[str]], int]) -> None:
+    """Exit with run(argv): an error that jaxdiff raises on purpose is printed as one message, with status 2."""
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except JaxdiffError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

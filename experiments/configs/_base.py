@@ -1,0 +1,66 @@
+"""Every setting there is, with its meaning and a plain default. A config starts from this and says what differs."""
+
+from ml_collections import ConfigDict
+
+
+def base() -> ConfigDict:
+    """The settings that all configs share; `net` is filled by each config with its network's own options."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "name": "emoji",  # emoji | tfds | folder | swissroll
+                "tfds": "",  # for tfds: the name, such as cifar10
+                "split": "train",
+                "points": 10_000,  # for swissroll
+                "path": "",  # for folder: the directory; for tfds: its data_dir ('' = ~/tensorflow_datasets)
+                "size": 32,  # height and width
+                "flip": False,  # random left-right flips
+            },
+            "condition": "none",  # none | label | caption
+            "condition_dropout": 0.1,  # share of examples trained without their condition, for guidance
+            "net": {"name": "unet"},  # unet | dit | mlp, and the options of that class
+            "text": {"vocab_size": 2048, "max_len": 16, "dim": 128, "depth": 2, "heads": 4},
+            "diffusion": {  # each is a name, or name(option=value, ...)
+                "schedule": "cosine",
+                "target": "v",
+                "weighting": "simple",
+                "times": "uniform",
+                "time_input": "t",  # t | index(T=1000) | logsnr | c_noise: what the network gets for a time
+                "scale_input": "none",  # none | edm(sigma_data=0.5): what multiplies x_t before the network
+            },
+            "optimizer": {
+                "learning_rate": 2e-4,
+                "warmup": 1000,  # steps of linear warm-up
+                "decay": "constant",  # constant | cosine | rsqrt: after warm-up, to zero at the last step
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "clip": 1.0,  # largest global norm of the gradient; 0 = no clipping
+            },
+            "train": {
+                "batch_size": 128,
+                "steps": 100_000,
+                "accumulate": 1,  # micro-batches per step
+                "steps_per_call": 10,  # optimizer steps per dispatch to the device
+                "dtype": "float32",  # float32 | bfloat16: what the network computes in; parameters stay float32
+                "ema": "warmed(decay=0.9999)",  # constant(decay=) | warmed(decay=) | half_life(examples=, ramp=)
+                "log_every": 100,
+                "sample_every": 5000,  # 0 = only at the end
+                "checkpoint_every": 5000,  # and always at the end, and when interrupted
+                "keep": 2,  # checkpoints kept
+            },
+            "sample": {
+                "solver": "dpmpp_2m",
+                "grid": "log_snr",  # uniform | respaced(spacing='leading') | karras | log_snr | exponential
+                "steps": 20,
+                "scale": 1.0,  # guidance; 1 = off
+                "clip": True,  # keep each estimate of the data in [-1, 1]
+                "num": 64,  # pictures in a sample grid
+                "seed": 0,
+                "prompts": (),  # for condition=caption; () = captions of the training set
+            },
+            "mesh": {"data": -1, "fsdp": 1},  # -1 = all devices that are left
+        }
+    )

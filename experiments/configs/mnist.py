@@ -1,0 +1,44 @@
+"""MNIST digits at 28 x 28, conditioned on the class.
+
+    python -m experiments.train --config=mnist --config.data.path=DIR_OF_TFDS
+    python -m experiments.sample --workdir=runs/mnist --label 7 --num 16 --out sevens.png
+
+Cost: about 15 minutes on two CPU cores, one on a GPU.
+Expect: clean digits of the class that is asked for after 1,000 steps.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs._base import base
+
+
+def get_config() -> ConfigDict:
+    c = base()
+    c.data.name = "tfds"
+    c.data.tfds = "mnist"
+    c.data.size = 28
+    c.condition = "label"
+    c.net = ConfigDict(
+        {
+            "name": "small",
+            "channels": 32,
+            "multipliers": (1, 2),
+            "num_blocks": 2,
+            "attention_levels": (1,),
+            "groups": 16,
+            "patch_size": 2,
+            "dropout": 0.0,
+            "time_scale": 1000.0,
+        }
+    )
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup = 100
+    c.optimizer.decay = "cosine"
+    c.train.batch_size = 64
+    c.train.steps = 4000
+    c.train.ema = "warmed(decay=0.999)"
+    c.train.sample_every = 1000
+    c.train.checkpoint_every = 500
+    c.sample.scale = 2.0
+    c.sample.num = 40
+    return c

@@ -1,0 +1,274 @@
+"""The model that a config describes: built once here, used by train, sample, evaluate and export alike.
+
+    build(config, info, tokenizer) -> Model      with init(key), loss(params, key, batch), denoiser(params, cond, ...)
+    sampler(model, settings)       -> sample(params, keys, cond, null) -> x0
+
+Parameters are {'net': ..., 'text': ...}; a condition is {} or {'ids': (b, L)} or {'label': (b,)}. This is the only
+place where names in a config become functions.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from experiments import cli
+from jaxdiff import data, denoise, guide, loss, nets, process, sample, schedule, solver, target, text, train
+from jaxdiff.errors import ConfigError
+from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Target
+
+SCHEDULES = {
+    "linear": schedule.linear,
+    "ddpm_table": schedule.ddpm_table,
+    "scaled_linear": schedule.scaled_linear,
+    "cosine": schedule.cosine,
+    "sigmoid": schedule.sigmoid,
+    "vp": schedule.vp,
+    "sub_vp": schedule.sub_vp,
+    "ve": schedule.ve,
+    "edm": schedule.edm,
+    "rectified_flow": schedule.rectified_flow,
+}
+TARGETS = {
+    "eps": lambda: target.eps,
+    "x0": lambda: target.x0,
+    "v": lambda: target.v,
+    "score": lambda: target.score,
+    "velocity": lambda: target.velocity,
+    "edm": target.edm,
+}
+TIME_INPUTS = {
+    "t": lambda: denoise.time_t,
+    "index": denoise.time_index,
+    "logsnr": lambda: denoise.time_logsnr,
+    "c_noise": lambda: denoise.c_noise,
+}
+SCALE_INPUTS = {"none": lambda: None, "edm": denoise.edm_scale}
+NETS = {
+    "unet": nets.UNet,
+    "small": nets.small,
+    "ddpm_cifar10": nets.ddpm_cifar10,
+    "adm": nets.adm,
+    "edm_ddpmpp": nets.edm_ddpmpp,
+    "dit": nets.DiT,
+    "mlp": nets.MLP,
+}
+EMAS = {"constant": train.ema.constant, "warmed": train.ema.warmed, "half_life": train.ema.half_life}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+BUCKETS = {"low": -10.0, "high": 10.0, "count": 10}  # of the log signal-to-noise ratio, in the loss log
+CONDITIONS = ("none", "label", "caption")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network, its text encoder where it has one, and the diffusion it is trained for."""
+
+    net: nn.Module
+    encoder: nn.Module | None
+    tokenizer: Any
+    schedule: Schedule
+    target: Target
+    weighting: Callable
+    times: Callable
+    time_input: Callable
+    scale_input: Callable | None
+    shape: tuple[int, ...]
+    condition: str
+    num_classes: int
+    max_len: int
+    dropout: float
+    flip: bool
+
+    def init(self, key: Key) -> PyTree:
+        """Parameters, float32; jit it."""
+        key_net, key_text = jax.random.split(key)
+        cond = self.null(1)
+        params = {"text": self.encoder.init(key_text, cond["ids"])} if self.encoder else {}
+        x, t = jnp.zeros((1, *self.shape)), jnp.zeros((1,))
+        return params | {"net": self.net.init(key_net, x, t, **self.embed(params, cond))}
+
+    def null(self, count: int) -> dict[str, Array]:
+        """The empty condition, `count` times: the caption "", or class -1."""
+        if self.condition == "caption":
+            return {"ids": jnp.asarray(self.tokenizer.encode([""] * count, self.max_len))}
+        return {"label": jnp.full((count,), -1, jnp.int32)} if self.condition == "label" else {}
+
+    def captions(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """The condition of some prompts."""
+        return {"ids": jnp.asarray(self.tokenizer.encode(list(prompts), self.max_len))}
+
+    def embed(self, params: PyTree, cond: dict[str, Array]) -> dict[str, Array]:
+        """What the network is given for a condition; the text encoder runs here, once for a whole sampling run."""
+        if self.condition == "caption":
+            assert self.encoder is not None
+            tokens, mask, pooled = self.encoder.apply(params["text"], cond["ids"])
+            return {"tokens": tokens, "token_mask": mask, "vector": pooled}
+        return {"labels": cond["label"]} if self.condition == "label" else {}
+
+    def loss(self, params: PyTree, key: Key, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        """Per-example losses (b,) and aux (b,) of a batch of rows, with its condition dropped for some."""
+        key_drop, key_flip, key_net, key_loss = jax.random.split(key, 4)
+        x0 = data.decode(batch["image"])
+        x0 = data.augment.flip(key_flip, x0) if self.flip else x0
+        inputs = self.embed(params, self._drop(key_drop, batch))
+
+        def net(x: Array, time: Array) -> Array:
+            return self.net.apply(params["net"], x, time, **inputs, deterministic=False, rngs={"dropout": key_net})
+
+        return loss.diffusion_with_aux(
+            key_loss, net, x0, schedule=self.schedule, target=self.target, weighting=self.weighting,
+            times=self.times, time_input=self.time_input, scale_input=self.scale_input,
+        )  # fmt: skip
+
+    def _drop(self, key: Key, batch: dict[str, Array]) -> dict[str, Array]:
+        count = batch["image"].shape[0]
+        dropped = jax.random.bernoulli(key, self.dropout, (count,))
+        return {
+            name: jnp.where(dropped.reshape(-1, *[1] * (empty.ndim - 1)), empty, batch[name])
+            for name, empty in self.null(count).items()
+        }
+
+    def denoise(self, params: PyTree, x: Array, t: Array, inputs: dict[str, Array]) -> Array:
+        """D(x_t, t) -> x0 for the `inputs` that `embed` made."""
+        return denoise.from_net(
+            lambda scaled, time: self.net.apply(params["net"], scaled, time, **inputs),
+            schedule=self.schedule, target=self.target, time_input=self.time_input, scale_input=self.scale_input,
+        )(x, t)  # fmt: skip
+
+    def denoiser(self, params: PyTree, cond: dict[str, Array], null: dict[str, Array], scale: float = 1.0) -> Denoiser:
+        """D(x_t, t) guided from `null` towards `cond`. Call it inside jit, so that `params` are traced."""
+        inputs, empty = self.embed(params, cond), self.embed(params, null)
+        return guide.cfg_batched(lambda x, t, given: self.denoise(params, x, t, given), inputs, empty, scale)
+
+
+def tokenizer_for(config: ConfigDict, captions: Sequence[str] | None) -> Any:
+    """A tokenizer trained on the captions, or None when the config does not condition on them."""
+    if config.condition != "caption":
+        return None
+    return text.train(captions or (), vocab_size=config.text.vocab_size)
+
+
+def load_tokenizer(config: ConfigDict, workdir: Path) -> Any:
+    """The tokenizer of a trained run, or None where it has no captions."""
+    return text.load(workdir / "tokenizer.json") if config.condition == "caption" else None
+
+
+def build(config: ConfigDict, info: dict[str, Any], tokenizer: Any) -> Model:
+    """The model of `config` for data described by `info` (see inputs.describe). Raises ConfigError for bad names."""
+    if config.condition not in CONDITIONS:
+        raise cli.unknown("condition", config.condition, CONDITIONS)
+    c = config.diffusion
+    given = cli.call("diffusion.schedule", c.schedule, SCHEDULES)
+    num_classes = info["num_classes"] if config.condition == "label" else 0
+    return Model(
+        net=_net(config, tuple(info["shape"]), num_classes),
+        encoder=_encoder(config, tokenizer),
+        tokenizer=tokenizer,
+        schedule=given,
+        target=cli.call("diffusion.target", c.target, TARGETS),
+        weighting=cli.call("diffusion.weighting", c.weighting, loss.WEIGHTINGS),
+        times=cli.call("diffusion.times", c.times, loss.TIMES, schedule=given),
+        time_input=cli.call("diffusion.time_input", c.time_input, TIME_INPUTS),
+        scale_input=cli.call("diffusion.scale_input", c.scale_input, SCALE_INPUTS),
+        shape=tuple(info["shape"]),
+        condition=config.condition,
+        num_classes=num_classes,
+        max_len=config.text.max_len,
+        dropout=config.condition_dropout,
+        flip=config.data.flip,
+    )
+
+
+def _net(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    options = dict(config.net)
+    name = options.pop("name")
+    if name not in NETS:
+        raise cli.unknown("net.name", name, NETS)
+    fields = inspect.signature(NETS[name] if isinstance(NETS[name], type) else nets.UNet).parameters
+    accepted = set(fields) - {"parent", "name"}
+    for option in options:
+        if option not in accepted:
+            raise cli.unknown(f"option of net {name}:", option, accepted)
+    if config.train.dtype not in DTYPES:
+        raise cli.unknown("train.dtype", config.train.dtype, DTYPES)
+    given: dict[str, Any] = {"dtype": DTYPES[config.train.dtype]}
+    if num_classes:
+        given["num_classes"] = num_classes
+    if config.condition == "caption":
+        given |= {"vector_dim": config.text.dim, "token_dim": config.text.dim}
+    return NETS[name](**options, **{k: v for k, v in given.items() if k in accepted})
+
+
+def _encoder(config: ConfigDict, tokenizer: Any) -> nn.Module | None:
+    if config.condition != "caption":
+        return None
+    c = config.text
+    return text.TextEncoder(tokenizer.vocab_size, dim=c.dim, depth=c.depth, heads=c.heads, max_len=c.max_len)
+
+
+def optimizer(config: ConfigDict) -> Any:
+    """Adam as the config says."""
+    c = config.optimizer
+    return train.adam(
+        c.learning_rate, warmup_steps=c.warmup, decay=c.decay, total_steps=config.train.steps, clip_norm=c.clip or None,
+        weight_decay=c.weight_decay, b1=c.b1, b2=c.b2, eps=c.eps,
+    )  # fmt: skip
+
+
+def averages(config: ConfigDict) -> dict[str, Callable]:
+    """The averages of the parameters that training keeps: one, named 'ema'."""
+    return {"ema": cli.call("train.ema", config.train.ema, EMAS, batch_size=config.train.batch_size)}
+
+
+def carry(model: Model, config: ConfigDict, key: Key) -> dict[str, Any]:
+    """What a checkpoint holds: the training state, and the sums that the next line of the log will average."""
+    state = train.create_state(model.init(key), optimizer(config), ema=averages(config))
+    sums = {"loss": (), "grad_norm": (), "bucket_sum": (BUCKETS["count"],), "bucket_count": (BUCKETS["count"],)}
+    return {"state": state, "window": {k: jnp.zeros(v) for k, v in sums.items()} | {"steps": jnp.zeros(())}}
+
+
+def sampler(model: Model, settings: ConfigDict) -> Callable[..., Array]:
+    """`sample(params, keys, cond, null) -> x0`: one example per key and per row of `cond`; jit it.
+
+    `null` is the other side of guidance: the empty condition, or a negative prompt. Each example is a function of its
+    own key and condition alone. `settings` are those of config.sample: solver, grid, steps, scale, clip.
+    Raises ConfigError for unknown names, steps < 1 or a scale that is not finite.
+    """
+    scale = settings.scale
+    if not np.isfinite(scale) or scale < 0:
+        raise ConfigError(f"scale must be a finite number >= 0, got {scale}. 1 is no guidance, 4 is usual.")
+    if scale != 1 and model.condition == "none":
+        raise ConfigError(f"scale={scale} needs a condition to guide towards, and this model has none. Use scale 1.")
+    given = cli.call("sample.solver", settings.solver, solver.ALL, schedule=model.schedule)
+    times = cli.call("sample.grid", settings.grid, sample.GRIDS, schedule=model.schedule, num_steps=settings.steps)
+
+    def run(params: PyTree, keys: Key, cond: dict[str, Array], null: dict[str, Array]) -> Array:
+        keys = jax.vmap(jax.random.split)(keys)
+        denoiser = model.denoiser(params, cond, null, scale)
+        if settings.clip:
+            denoiser = guide.threshold_static(denoiser)
+        noise = process.prior(keys[:, 0], model.schedule, (keys.shape[0], *model.shape))
+        return sample.sample(keys[:, 1], denoiser, noise, times, given)
+
+    return run
+
+
+def grid_conditions(
+    model: Model, prompts: Sequence[str], captions: Sequence[str] | None, count: int
+) -> tuple[dict, list]:
+    """The conditions of a sample grid, and their names: the prompts (or some captions) or the classes, in turn."""
+    if model.condition == "caption":
+        words = list(prompts) or list(captions or ())[:: max(1, len(captions or ()) // count)]
+        words = [words[i * len(words) // count] for i in range(count)]
+        return model.captions(words), words
+    if model.condition == "label":
+        labels = [i % model.num_classes for i in range(count)]
+        return {"label": jnp.asarray(labels, jnp.int32)}, labels
+    return {}, []

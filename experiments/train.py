@@ -1,0 +1,240 @@
+"""Train a diffusion model: one config, one directory, resumed by itself.
+
+python -m experiments.train --config=emoji
+python -m experiments.train --config=cifar10 --workdir=runs/a --config.train.batch_size=64
+"""
+
+import argparse
+import os
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from experiments import check, cli, inputs, pictures, workdir
+from experiments import model as models
+from jaxdiff import data, train
+from jaxdiff.train import checkpoint
+
+
+class Stop:
+    """Remembers the first Ctrl-C or SIGTERM, so that training can save and leave; the second one acts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, _: object) -> None:
+        self.signal = number
+        tqdm.write("stopping: saving after this step; press again to leave without")
+        self.__exit__()
+
+
+class Job:
+    """Everything of one run that is built before its first step; nothing here has compiled or written yet."""
+
+    def __init__(self, config: ConfigDict, directory: Path):
+        check.config(config)
+        self.config, self.directory = config, directory
+        self.mesh = check.mesh(config)
+        self.steps_per_call = check.steps_per_call(config)
+        dataset = inputs.load(config)
+        self.info = inputs.describe(dataset)
+        self.captions = dataset.captions
+        self.tokenizer = models.tokenizer_for(config, dataset.captions)
+        self.model = models.build(config, self.info, self.tokenizer)
+        self.sampler = models.sampler(self.model, config.sample)
+        self.rows = inputs.arrays(dataset, config.condition, self.tokenizer, config.text.max_len)
+        self.key_init, self.key_train = jax.random.split(jax.random.key(config.seed))
+        self.abstract = jax.eval_shape(self.init)
+        workdir.check(directory, config, bytes_needed=_bytes(self.abstract) * (config.train.keep + 1))
+
+    def init(self) -> dict[str, Any]:
+        """The carry before the first step; jit it."""
+        return models.carry(self.model, self.config, self.key_init)
+
+    def write_header(self) -> None:
+        """The files that say what this run is."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "samples").mkdir(exist_ok=True)
+        if self.tokenizer is not None:
+            self.tokenizer.save(self.directory / "tokenizer.json")
+        workdir.write_json(self.directory / "data.json", self.info)
+        workdir.write_json(self.directory / "versions.json", workdir.versions())
+        workdir.write_json(self.directory / "config.json", self.config.to_dict())
+
+    def describe(self) -> str:
+        """One line about what is trained on what."""
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.abstract["state"].params))
+        shape = " x ".join(map(str, self.info["shape"]))
+        device = jax.devices()[0]
+        return (
+            f"{self.info['name']}: {self.info['num_examples']:,} examples of {shape}; {self.config.net.name} of "
+            f"{size:,} parameters; {self.mesh.size} {device.platform} device(s) ({device.device_kind}); "
+            f"workdir {self.directory}"
+        )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@jax.jit
+def _accumulate(window: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
+    """Add the (k, ...) metrics of one call to the sums, step by step."""
+    steps = {"steps": jnp.ones_like(metrics["loss"])} | {k: metrics[k] for k in window if k != "steps"}
+    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, one), None), window, steps)[0]
+
+
+def _line(window: dict[str, Any], bad_steps: int) -> dict[str, Any]:
+    """The averages since the last line: loss, grad_norm, loss per bucket (null where no example fell in it)."""
+    w = {k: np.asarray(v, np.float64) for k, v in window.items()}
+    means = [float(s / n) if n else None for s, n in zip(w["bucket_sum"], w["bucket_count"], strict=True)]
+    return {
+        "loss": float(w["loss"] / w["steps"]),
+        "grad_norm": float(w["grad_norm"] / w["steps"]),
+        "bad_steps": bad_steps,
+        "loss_per_logsnr": means,
+    }
+
+
+def fit(job: Job) -> int:
+    """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the signal's number."""
+    checkpoints = checkpoint.Checkpoints(job.directory / "checkpoints", keep=job.config.train.keep)
+    checkpoints.prepare()
+    print(job.describe())
+    done, carry = _start(job, checkpoints)
+    log = workdir.Log(job.directory, done)
+    with Stop() as stop:
+        done = _loop(job, carry, done, checkpoints, log, stop)
+    checkpoints.close()
+    log.close()
+    if stop.signal is not None and done < job.config.train.steps:
+        print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
+        return 128 + stop.signal
+    print(
+        f"done: step {done}. Make pictures with\n  python -m experiments.sample --workdir={job.directory}{_hint(job)}"
+    )
+    return 0
+
+
+def _start(job: Job, checkpoints: checkpoint.Checkpoints) -> tuple[int, dict[str, Any]]:
+    """The newest checkpoint, or fresh parameters: each device is given only its own share."""
+    shardings = train.mesh.state_sharding(job.mesh, job.abstract)
+    if checkpoints.latest() is None:
+        return 0, train.mesh.born_sharded(job.mesh, job.init)
+    carry, _ = checkpoints.restore(
+        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), job.abstract, shardings)
+    )
+    done = int(carry["state"].step)
+    print(f"resuming from step {done} of {job.config.train.steps}")
+    return done, carry
+
+
+def _hint(job: Job) -> str:
+    return {"caption": ' --prompt "..."', "label": " --label 0"}.get(job.config.condition, "")
+
+
+def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop) -> int:
+    c, k = job.config.train, job.steps_per_call
+    step = train.make_step(
+        job.model.loss,
+        models.optimizer(job.config),
+        key=job.key_train,
+        ema=models.averages(job.config),
+        accumulate=c.accumulate,
+        steps_per_call=k,
+        summary=train.logsnr_buckets(**models.BUCKETS),
+        mesh=job.mesh,
+    )
+    rows = jax.device_put(job.rows, train.mesh.replicated(job.mesh))
+    draw = jax.jit(job.sampler)
+    bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
+    previous, since = None, (time.perf_counter(), done)
+    while done < c.steps and stop.signal is None:
+        batches = data.orders(job.config.seed, done, k, batch_size=c.batch_size, num_examples=job.info["num_examples"])
+        state, metrics = step(carry["state"], batches, rows)
+        carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
+        done += k
+        jax.block_until_ready(previous)  # stay one call ahead of the device, not more
+        previous = metrics["loss"]
+        bar.update(k)
+        if done % c.log_every == 0 or done == c.steps:
+            line = _line(carry["window"], int(state.bad_steps))
+            carry["window"] = jax.tree.map(jnp.zeros_like, carry["window"])
+            log.write("metrics", done, line)
+            since = _speed(log, bar, line, done, since, c.batch_size)
+        if done == c.steps or (c.sample_every and done % c.sample_every == 0):
+            save_grid(job, draw, state.ema_params["ema"], done)
+        if done == c.steps or done % c.checkpoint_every == 0 or stop.signal is not None:
+            checkpoints.save(carry, done)
+    bar.close()
+    return done
+
+
+def _speed(log: workdir.Log, bar: tqdm, line: dict[str, Any], done: int, since: tuple[float, int], batch: int) -> tuple:
+    now = time.perf_counter()
+    rate = (done - since[1]) * batch / max(now - since[0], 1e-9)
+    log.write("speed", done, {"images_per_second": rate, "seconds": now - since[0]})
+    bar.set_postfix_str(
+        f"loss {line['loss']:.4f}, {rate:,.0f} images/s" + f", {line['bad_steps']} bad" * bool(line["bad_steps"])
+    )
+    return now, done
+
+
+def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
+    """Draw the sample grid of the config with the averaged parameters, to samples/step_NNNNNNNN.png."""
+    c = job.config.sample
+    cond, words = models.grid_conditions(job.model, c.prompts, job.captions, c.num)
+    keys = jax.vmap(jax.random.key)(jnp.arange(c.seed, c.seed + c.num, dtype=jnp.uint32))
+    x0 = draw(params, keys, cond, job.model.null(c.num))
+    text = {"step": done, "conditions": words, "solver": c.solver, "steps": c.steps, "scale": c.scale, "seed": c.seed}
+    path = job.directory / "samples" / f"step_{done:08d}.png"
+    data.save_png(path, pictures.sheet(x0), text)
+    tqdm.write(f"samples: {path}")
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxdiff: a restart is fast."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxdiff" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.train",
+        description="Train a diffusion model. Started again with the same workdir, it resumes.",
+        epilog="configs:\n" + cli.describe() + "\n\nAny field of a config: --config.train.batch_size=64. All fields "
+        "and their meaning: experiments/configs/_base.py.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", default="emoji", help="a name below, or a path to a .py file (default: emoji)")
+    parser.add_argument("--workdir", default="", help="where everything goes (default: runs/CONFIG)")
+    config, args = cli.parse(parser, argv)
+    use_compile_cache()
+    job = Job(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
+    job.write_header()
+    return fit(job)
+
+
+if __name__ == "__main__":
+    cli.main(run)

@@ -1,0 +1,189 @@
+"""What a run writes: one directory that says what it is, refuses to become another run, and resumes by itself.
+
+config.json     the resolved config              data.json      shape, number of examples, class names
+versions.json   what made it                     tokenizer.json the text vocabulary, where there is one
+metrics.jsonl   one line per logged step         speed.jsonl    time per logged step (differs from run to run)
+samples/        PNG grids                        checkpoints/   the state
+tensorboard/    the metrics again, where tensorboardX is installed
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from experiments import cli
+from jaxdiff.errors import CheckpointError, ConfigError
+
+# Settings that do not change what is learned up to a step: a run may be resumed with others.
+FREE = (
+    "train.steps",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "sample.",
+    "mesh.",
+)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file appears whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1)
+        os.chmod(temporary, 0o644)  # mkstemp makes a private file
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def versions() -> dict[str, Any]:
+    """The software and the devices of this process."""
+    packages = {}
+    for name in ("jaxdiff", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    devices = [str(d.device_kind) for d in jax.devices()]
+    return {"python": platform.python_version(), "packages": packages, "devices": devices, "command": sys.argv}
+
+
+def check(workdir: Path, config: ConfigDict, *, bytes_needed: int) -> None:
+    """Raise before anything is written: the directory must be writable, have room, and not hold another run.
+
+    Raises CheckpointError for a directory that cannot be used, ConfigError for one made with another config.
+    """
+    parent = workdir.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"workdir {workdir} cannot be made: {parent} is a file. Give another --workdir.")
+    _try_to_write(workdir, parent)
+    free = shutil.disk_usage(parent).free
+    if free < bytes_needed:
+        raise CheckpointError(
+            f"workdir {workdir} has {free / 1e9:.2f} GB free and this run needs about {bytes_needed / 1e9:.2f} GB for "
+            "its checkpoints. Free some space, keep fewer (--config.train.keep=1), or give another --workdir."
+        )
+    if (workdir / "config.json").exists():
+        _check_same(workdir, config)
+    elif workdir.exists() and any(workdir.iterdir()):
+        raise CheckpointError(
+            f"workdir {workdir} holds files but no run of ours (no config.json). Give another --workdir."
+        )
+
+
+def _try_to_write(workdir: Path, parent: Path) -> None:
+    """Permission bits do not tell (root, read-only mounts), so make and remove one file."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".jaxdiff"):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"workdir {workdir} cannot be written: {error.strerror} ({parent}). Give another --workdir."
+        ) from error
+
+
+def _check_same(workdir: Path, config: ConfigDict) -> None:
+    old, new = cli.flatten(load_json(workdir / "config.json")), cli.flatten(json.loads(config.to_json()))
+    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE)]
+    if changed:
+        lines = "".join(f"\n  {k}: was {old.get(k)!r}, now {new.get(k)!r}" for k in changed[:8])
+        more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise ConfigError(
+            f"workdir {workdir} holds a run with another config:{lines}{more}\n"
+            f"To resume it, give its settings again; to start anew, give another --workdir, such as {workdir}-2."
+        )
+
+
+def load_json(path: Path) -> Any:
+    """Read a JSON file of a run; CheckpointError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another --workdir.") from error
+
+
+def load(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config and the data description of a trained run.
+
+    Raises CheckpointError when `workdir` holds no run.
+    """
+    if not (workdir / "config.json").is_file() or not (workdir / "data.json").is_file():
+        raise CheckpointError(
+            f"{workdir} is not the workdir of a run (no config.json or data.json). Train one first: "
+            "python -m experiments.train --config=emoji, or give --workdir=DIR."
+        )
+    config = ConfigDict({k: _tuples(v) for k, v in load_json(workdir / "config.json").items()})
+    return config, load_json(workdir / "data.json")
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
+    if isinstance(value, dict):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+class Log:
+    """The metrics of a run: metrics.jsonl is reproduced bit for bit by a repeated run, speed.jsonl holds times."""
+
+    def __init__(self, workdir: Path, step: int):
+        """Open for appending after `step`; lines after it, from a run that was killed, are dropped."""
+        self.files = {}
+        for name in ("metrics", "speed"):
+            path = workdir / f"{name}.jsonl"
+            _truncate(path, step)
+            self.files[name] = path.open("a", encoding="utf-8")
+        self.board = _tensorboard(workdir / "tensorboard", step)
+
+    def write(self, name: str, step: int, values: dict[str, Any]) -> None:
+        """Add one line to metrics or speed. Floats are written so that they read back exactly."""
+        self.files[name].write(json.dumps({"step": step} | values) + "\n")
+        self.files[name].flush()
+        if self.board:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files.values():
+            file.close()
+        if self.board:
+            self.board.close()
+
+
+def _truncate(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except ValueError:
+            break  # the line that was being written when the run was killed
+        kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tensorboard(path: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # optional: the JSONL files hold the same
+    except ImportError:
+        return None
+    return SummaryWriter(str(path), purge_step=step + 1)
