@@ -18,7 +18,7 @@ def _folder(c: ConfigDict) -> data.Dataset:
 
 SOURCES = {
     "emoji": lambda c: data.emoji(size=c.size),
-    "tfds": lambda c: data.tfds(c.tfds, c.split, data_dir=c.path or None),
+    "tfds": lambda c: data.tfds(c.tfds, c.split, c.path or None),
     "folder": _folder,
     "swissroll": lambda c: data.swissroll(c.points),
 }

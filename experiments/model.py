@@ -44,6 +44,23 @@ TARGETS = {
     "velocity": lambda: target.velocity,
     "edm": target.edm,
 }
+WEIGHTINGS = {
+    "simple": lambda: loss.simple,
+    "snr": lambda: loss.snr,
+    "min_snr": loss.min_snr,
+    "p2": loss.p2,
+    "edm": loss.edm,
+    "sigmoid": loss.sigmoid,
+    "likelihood": lambda: loss.likelihood,
+}
+TIMES = {
+    "uniform": lambda: loss.uniform,
+    "stratified": lambda: loss.stratified,
+    "antithetic": lambda: loss.antithetic,
+    "discrete": loss.discrete,
+    "logit_normal": loss.logit_normal,
+    "log_normal": loss.log_normal,
+}
 TIME_INPUTS = {
     "t": lambda: denoise.time_t,
     "index": denoise.time_index,
@@ -173,8 +190,8 @@ def build(config: ConfigDict, info: dict[str, Any], tokenizer: Any) -> Model:
         tokenizer=tokenizer,
         schedule=given,
         target=cli.call("diffusion.target", c.target, TARGETS),
-        weighting=cli.call("diffusion.weighting", c.weighting, loss.WEIGHTINGS),
-        times=cli.call("diffusion.times", c.times, loss.TIMES, schedule=given),
+        weighting=cli.call("diffusion.weighting", c.weighting, WEIGHTINGS),
+        times=cli.call("diffusion.times", c.times, TIMES, schedule=given),
         time_input=cli.call("diffusion.time_input", c.time_input, TIME_INPUTS),
         scale_input=cli.call("diffusion.scale_input", c.scale_input, SCALE_INPUTS),
         shape=tuple(info["shape"]),

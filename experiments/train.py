@@ -172,6 +172,8 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
         state, metrics = step(carry["state"], batches, rows)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
         done += k
+        if previous is None:
+            since = _first_call(metrics, since, k)
         jax.block_until_ready(previous)  # stay one call ahead of the device, not more
         previous = metrics["loss"]
         bar.update(k)
@@ -188,9 +190,17 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
     return done
 
 
+def _first_call(metrics: dict[str, Any], since: tuple[float, int], steps: int) -> tuple[float, int]:
+    """Wait for it and say how long it took; speed is measured from here."""
+    jax.block_until_ready(metrics)
+    now = time.perf_counter()
+    tqdm.write(f"first {steps} step(s), compilation included: {now - since[0]:.1f} s")
+    return now, since[1] + steps
+
+
 def _speed(log: workdir.Log, bar: tqdm, line: dict[str, Any], done: int, since: tuple[float, int], batch: int) -> tuple:
     now = time.perf_counter()
-    rate = (done - since[1]) * batch / max(now - since[0], 1e-9)
+    rate = (done - since[1]) * batch / (now - since[0])
     log.write("speed", done, {"images_per_second": rate, "seconds": now - since[0]})
     bar.set_postfix_str(
         f"loss {line['loss']:.4f}, {rate:,.0f} images/s" + f", {line['bad_steps']} bad" * bool(line["bad_steps"])

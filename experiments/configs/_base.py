@@ -22,10 +22,10 @@ def base() -> ConfigDict:
             "net": {"name": "unet"},  # unet | dit | mlp, and the options of that class
             "text": {"vocab_size": 2048, "max_len": 16, "dim": 128, "depth": 2, "heads": 4},
             "diffusion": {  # each is a name, or name(option=value, ...)
-                "schedule": "cosine",
-                "target": "v",
-                "weighting": "simple",
-                "times": "uniform",
+                "schedule": "cosine",  # linear, ddpm_table, sigmoid, vp, ve, edm, rectified_flow, ...
+                "target": "v",  # eps, x0, v, score, velocity, edm(sigma_data=)
+                "weighting": "simple",  # on the squared error of the target; min_snr, p2, edm, sigmoid, ...
+                "times": "uniform",  # stratified, antithetic, discrete(T=), logit_normal, log_normal
                 "time_input": "t",  # t | index(T=1000) | logsnr | c_noise: what the network gets for a time
                 "scale_input": "none",  # none | edm(sigma_data=0.5): what multiplies x_t before the network
             },

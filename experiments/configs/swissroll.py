@@ -14,7 +14,7 @@ from experiments.configs._base import base
 def get_config() -> ConfigDict:
     c = base()
     c.data.name = "swissroll"
-    c.net = ConfigDict({"name": "mlp"})
+    c.net = ConfigDict({"name": "mlp", "width": 128, "depth": 3})
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup = 100
     c.optimizer.decay = "cosine"
