@@ -50,9 +50,22 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def _json(meta: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(meta))
+    except TypeError as error:
+        raise CheckpointError(
+            f"meta must be what JSON can hold: {error}. Convert it to numbers and strings."
+        ) from error
+
+
 def _ours(path: Path) -> bool:
-    """Whether a folder looks like a finished step, readable or not."""
-    return (path / "state").is_dir() or (path / "_CHECKPOINT_METADATA").is_file()
+    """Whether a folder is a finished step of ours, whole or damaged, and not another program's."""
+    try:
+        custom = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return (path / "state").is_dir()
+    return isinstance(custom, dict) and "leaves" in custom
 
 
 class Checkpoints:
@@ -69,43 +82,48 @@ class Checkpoints:
         self._keep = keep
         self._writer: Any = None
         self._damaged: set[int] = set()
+        self._started: int | None = None
 
     def prepare(self) -> None:
         """Makes the directory and tries to write in it: call it before an expensive compile.
 
-        Raises CheckpointError where that is not possible.
+        Raises CheckpointError where that is not possible, or where a foreign folder has a number for a name.
         """
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
                 pass
+        for path in self._numbered():
+            if not _ours(path):  # Orbax would take it for an old step and delete it
+                raise CheckpointError(
+                    f"{path} is not a checkpoint of jaxdiff, and in the place of one. Move it away, or choose another "
+                    "directory."
+                )
 
     def steps(self) -> list[int]:
         """The steps here, oldest first; interrupted saves and foreign folders are not among them."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and _ours(path))
+        return sorted(int(path.name) for path in self._numbered() if _ours(path))
 
     def latest(self) -> int | None:
         """The newest step, or None."""
         return max(self.steps(), default=None)
 
     def save(self, state: PyTree, step: int, meta: dict[str, Any] | None = None) -> bool:
-        """Saves in the background; the state may be donated as soon as this returns. False if `step` is there already.
+        """Saves in the background; the state may be donated at once. False if `step` is there.
 
         `meta` is anything JSON can hold. Raises CheckpointError for a leaf name with a '.', for a directory that
         cannot be written, a full disk, and for a failure of the save before this one.
         """
-        if step in self.steps() and step not in self._damaged:
+        if step == self._started or (step in self.steps() and step not in self._damaged):
             return False
-        leaves = _leaves(state)
-        for name in leaves:
+        record = {"leaves": _leaves(state), "meta": _json(meta or {})}
+        for name in record["leaves"]:
             if "." in name:
                 raise CheckpointError(f"cannot save the leaf {name!r}: a '.' is read back as nesting. Rename it.")
         with self._writing():
-            record = {"leaves": leaves, "meta": json.loads(json.dumps(meta or {}))}
             self._check_space(state)
             self._open().save_async(step, state, force=True, custom_metadata=record)
+            self._started = step
         return True
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
@@ -148,13 +166,22 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def _numbered(self) -> list[Path]:
+        if not self.directory.is_dir():
+            return []
+        return [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Turns what goes wrong while writing into a CheckpointError that says where and what to do."""
         try:
             yield
+        except CheckpointError:
+            raise
         except (OSError, RuntimeError, ValueError) as error:
-            self._writer = None  # it may count the failed step as kept; the next one reads the directory afresh
+            self._writer = self._started = (
+                None  # it may count the failed step as kept; the next one reads the directory afresh
+            )
             raise CheckpointError(
                 f"cannot write a checkpoint in {self.directory}: {error}. Steps saved before are untouched. Free some "
                 "disk space there or make it writable, or choose another directory."
@@ -164,7 +191,7 @@ class Checkpoints:
         """The steps to try, oldest first."""
         steps = self.steps()
         if not steps:
-            raise CheckpointError(f"no checkpoint in {self.directory}. Train first, or check the path.")
+            raise CheckpointError(f"no checkpoint of jaxdiff in {self.directory}. Train first, or check the path.")
         if step is not None and step not in steps:
             raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are {steps}. Pick one.")
         return steps if step is None else [step]
@@ -206,7 +233,7 @@ class Checkpoints:
                 path.rename(path.with_name(f"{path.name}.damaged"))
             self._damaged.clear()
         if self._writer is None:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.prepare()
             newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
             self._writer = ocp.training.Checkpointer(
                 str(self.directory), preservation_policy=newest, cleanup_tmp_directories=True

@@ -129,7 +129,7 @@ def make_step(
     def one(state: TrainState, batch: PyTree, root: Key, data: PyTree) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(root, state.step)
         grads, losses, aux = gradient(state.params, step_key, lambda part: get_batch(data, part), batch)
-        loss, norm = losses.mean(), optax.global_norm(grads)
+        loss, norm = losses.mean(), optax.tree.norm(grads)
         # A norm that overflows is refused with the others: clipping by it would make the update zero or NaN.
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         new = _advance(state, grads, finite, optimizer, decays)

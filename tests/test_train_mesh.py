@@ -1,0 +1,106 @@
+"""Many devices are one device: the same numbers, whatever the mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxdiff import train
+from jaxdiff.errors import ConfigError
+from jaxdiff.train import mesh as mesh_lib
+
+WIDTH = 64
+OPTIMIZER = train.adam(1e-2, clip_norm=1.0)
+
+
+def init():
+    keys = jax.random.split(jax.random.key(0))
+    params = {"w": jax.random.normal(keys[0], (WIDTH, WIDTH)) / 8, "b": jax.random.normal(keys[1], (WIDTH,))}
+    return train.create_state(params, OPTIMIZER, ema={"slow": 0.99})
+
+
+def loss(params, key, batch):
+    noise = jax.random.normal(key, batch["x"].shape)
+    residual = (batch["x"] + noise) @ params["w"] + params["b"][None]
+    return (residual**2).mean(-1), {}
+
+
+def run(mesh, accumulate=1):
+    data = {"x": np.random.default_rng(0).normal(size=(40, WIDTH)).astype(np.float32)}
+    indices = np.random.default_rng(1).integers(0, 40, (3, 2, 16)).astype(np.int32)
+    step = train.make_step(
+        loss, OPTIMIZER, key=jax.random.key(1), ema={"slow": 0.99}, steps_per_call=2, accumulate=accumulate, mesh=mesh
+    )
+    state = mesh_lib.born_sharded(mesh, init)
+    data = jax.device_put(data, mesh_lib.replicated(mesh))
+    losses = []
+    for rows in indices:
+        state, metrics = step(state, rows, data)
+        losses.append(metrics["loss"])
+    assert step.jitted._cache_size() == 1  # the state comes out placed as it went in
+    return state, np.concatenate(losses)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return {a: run(mesh_lib.make(devices=jax.devices()[:1]), accumulate=a) for a in (1, 2)}
+
+
+@pytest.mark.parametrize(("data", "fsdp", "accumulate"), [(8, 1, 1), (2, 4, 1), (2, 4, 2)])
+def test_eight_devices_equal_one(alone, data, fsdp, accumulate):
+    expected, losses = alone[accumulate]
+    state, others = run(mesh_lib.make(data, fsdp), accumulate=accumulate)
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), expected, state)
+    spec = P("fsdp") if fsdp > 1 else P()
+    for tree in (state.params, state.ema_params["slow"], state.opt_state[1].mu):
+        assert tree["w"].sharding.spec == spec
+        assert tree["b"].sharding.spec == P()
+    assert state.params["w"].addressable_shards[0].data.size == WIDTH * WIDTH // fsdp
+
+
+def test_template_is_the_state_without_its_numbers():
+    mesh = mesh_lib.make(2, 4)
+    template, state = mesh_lib.template(mesh, init), mesh_lib.born_sharded(mesh, init)
+    assert jax.tree.structure(template) == jax.tree.structure(state)
+    for a, b in zip(jax.tree.leaves(template), jax.tree.leaves(state), strict=True):
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+
+
+def test_rule_cuts_the_largest_divisible_dimension_of_large_leaves():
+    mesh = mesh_lib.make(2, 4)
+    shapes = {
+        "conv": (3, 3, 64, 128),
+        "odd": (4099, 8),
+        "none": (4099, 3),
+        "small": (8, 8),
+        "scalar": (),
+    }
+    leaves = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+    specs = {k: s.spec for k, s in mesh_lib.state_sharding(mesh, leaves).items()}
+    assert specs == {
+        "conv": P(None, None, None, "fsdp"),
+        "odd": P(None, "fsdp"),
+        "none": P(),
+        "small": P(),
+        "scalar": P(),
+    }
+
+
+def test_minus_one_is_the_rest():
+    assert dict(mesh_lib.make().shape) == {"data": 8, "fsdp": 1}
+    assert dict(mesh_lib.make(-1, 4).shape) == {"data": 2, "fsdp": 4}
+    assert dict(mesh_lib.make(2, -1).shape) == {"data": 2, "fsdp": 4}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (-2, -4)])
+def test_sizes_that_do_not_fit_are_named(sizes):
+    with pytest.raises(ConfigError, match=f"mesh data={sizes[0]}, fsdp={sizes[1]} does not fit 8"):
+        mesh_lib.make(*sizes)
+
+
+def test_indivisible_batch_is_named_before_anything_runs():
+    step = train.make_step(loss, OPTIMIZER, key=jax.random.key(1), mesh=mesh_lib.make(2, 4), accumulate=2)
+    with pytest.raises(ConfigError, match=r"a batch of 6 cannot be divided over 8 devices.*multiple of 8: 8"):
+        step(init(), {"x": np.zeros((1, 12, WIDTH), np.float32)})
