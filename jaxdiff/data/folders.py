@@ -85,8 +85,10 @@ def fit(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB" if channels == 3 else "L")
-    picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(picture).reshape(size, size, channels)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square).reshape(size, size, channels)
 
 
 def _find(root: Path) -> list[Path]:

@@ -191,7 +191,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
     rank = content[3] if len(content) > 3 else 0
     shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank))
     body = content[4 + 4 * rank :]
-    if content[:3] != b"\0\0\x08" or len(body) != math.prod(shape):
+    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * rank or len(body) != math.prod(shape):
         raise DataError(f"{plain} is damaged or is not an IDX file of bytes.")
     return np.frombuffer(body, np.uint8).reshape(shape)
 

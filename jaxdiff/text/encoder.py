@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
     @nn.compact
     def __call__(self, ids: Array) -> TextFeatures:
         self._check(ids)
-        mask = (ids != 0).at[:, 0].set(True)
+        mask = (jnp.asarray(ids) != 0).at[:, 0].set(True)
         positions = self.param("positions", nn.initializers.normal(0.02), (self.max_len, self.dim))
         x = nn.Embed(self.vocab_size, self.dim, dtype=self.dtype, name="embed")(ids)
         x = x + positions[None, : ids.shape[1]].astype(self.dtype)
