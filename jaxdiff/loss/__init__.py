@@ -1,0 +1,118 @@
+"""Per-example training losses (b,); the caller takes the mean.
+
+    t ~ times,  eps ~ N(0, 1),  x_t = alpha x0 + sigma eps
+    loss = w(schedule, target, t) mean[(net(x_t, t) - (a x0 + b eps))^2]      the mean over all but the batch
+
+`weighting` holds the factors w, `times` the distributions of t, `bound` the variational bound and the hybrid loss.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxdiff.denoise import TimeInput, call_net, check_output, time_t
+from jaxdiff.loss import bound, times, weighting
+from jaxdiff.loss.bound import Bound, batch_mean, draw, hybrid, variational_bound
+from jaxdiff.loss.times import (
+    LossHistory,
+    Times,
+    antithetic,
+    discrete,
+    importance,
+    log_normal,
+    logit_normal,
+    loss_history,
+    record,
+    stratified,
+    uniform,
+)
+from jaxdiff.loss.weighting import Weighting, edm, likelihood, min_snr, on_x0, p2, sigmoid, simple, snr
+from jaxdiff.process import normal, q_sample
+from jaxdiff.schedule import as_float
+from jaxdiff.target import encode
+from jaxdiff.types import Array, Key, Net, Schedule, Target
+
+__all__ = [
+    "Bound",
+    "LossHistory",
+    "Times",
+    "Weighting",
+    "antithetic",
+    "bound",
+    "diffusion",
+    "diffusion_with_aux",
+    "discrete",
+    "edm",
+    "hybrid",
+    "importance",
+    "likelihood",
+    "log_normal",
+    "logit_normal",
+    "loss_history",
+    "min_snr",
+    "on_x0",
+    "p2",
+    "record",
+    "sigmoid",
+    "simple",
+    "snr",
+    "stratified",
+    "times",
+    "uniform",
+    "variational_bound",
+    "weighting",
+]
+
+
+def diffusion(
+    key: Key,
+    net: Net,
+    x0: Array,
+    *,
+    schedule: Schedule,
+    target: Target,
+    weighting: Weighting = simple,
+    times: Times = uniform,
+    time_input: TimeInput = time_t,
+    scale_input: TimeInput | None = None,
+) -> Array:
+    """The weighted denoising loss (b,) of `net` on data x0 (b, ...) (Ho et al. 2020, eq. 14, for any target).
+
+    `weighting` is the factor on the squared error of the target, `times` draws t; `time_input` and `scale_input` as in
+    `denoise.from_net`. Raises ConfigError if the network's output does not have the shape of x0.
+    """
+    return diffusion_with_aux(
+        key,
+        net,
+        x0,
+        schedule=schedule,
+        target=target,
+        weighting=weighting,
+        times=times,
+        time_input=time_input,
+        scale_input=scale_input,
+    )[0]
+
+
+def diffusion_with_aux(
+    key: Key,
+    net: Net,
+    x0: Array,
+    *,
+    schedule: Schedule,
+    target: Target,
+    weighting: Weighting = simple,
+    times: Times = uniform,
+    time_input: TimeInput = time_t,
+    scale_input: TimeInput | None = None,
+) -> tuple[Array, dict[str, Array]]:
+    """`diffusion`, and what was drawn, each (b,): t, logsnr, mse (unweighted), loss (without importance weights)."""
+    x0 = as_float(x0)
+    key_t, key_eps = jax.random.split(key)
+    t, importance_weight = draw(times, key_t, x0)
+    eps = normal(key_eps, x0.shape, x0.dtype)
+    x_t = q_sample(schedule, x0, eps, t)
+    raw = call_net(net, x_t, t, schedule=schedule, time_input=time_input, scale_input=scale_input)
+    error = check_output(raw, x_t) - encode(target, schedule, x0, eps, t)
+    mse = batch_mean(jnp.square(error))
+    loss = weighting(schedule, target, t) * mse
+    return importance_weight * loss, {"t": t, "logsnr": schedule.logsnr(t), "mse": mse, "loss": loss}
