@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from jaxdiff.errors import ConfigError
+from jaxdiff.nets.init import XAVIER, normal
 from jaxdiff.types import Array
 
 MAX_PERIOD = 10_000.0
@@ -62,7 +63,8 @@ class Embedding(nn.Module):
     num_classes: int | None = None
     vector_dim: int | None = None
     early: bool = False
-    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    kernel_init: Initializer = XAVIER
+    class_init: Initializer = normal(1.0)
 
     @nn.compact
     def __call__(self, time: Array, labels: Array | None = None, vector: Array | None = None) -> Array:
@@ -76,7 +78,7 @@ class Embedding(nn.Module):
     def _class(self, labels: Array | None, width: int, like: Array) -> Array:
         if self.num_classes is None:
             return jnp.zeros((like.shape[0], width), like.dtype)
-        table = self.param("classes", nn.initializers.normal(1.0), (self.num_classes, width), jnp.float32)
+        table = self.param("classes", self.class_init, (self.num_classes, width), jnp.float32)
         labels = jnp.full((like.shape[0],), -1) if labels is None else labels
         known = (labels >= 0) & (labels < self.num_classes)
         rows = jnp.take(table, jnp.where(known, labels, 0), axis=0).astype(like.dtype)
@@ -121,7 +123,7 @@ class Context(nn.Module):
     @nn.compact
     def __call__(self, batch: int, tokens: Array | None, mask: Array | None) -> tuple[Array, Array]:
         norm = LayerNorm(name="norm")
-        null = self.param("null", nn.initializers.normal(0.02), (1, 1, self.features), jnp.float32)
+        null = self.param("null", normal(0.02), (1, 1, self.features), jnp.float32)
         null = jnp.broadcast_to(null.astype(self.dtype), (batch, 1, self.features))
         if tokens is None:
             tokens, mask = jnp.zeros((batch, 1, self.features)), jnp.zeros((batch, 1), bool)

@@ -18,10 +18,9 @@ from jax.nn.initializers import Initializer
 from jaxdiff.errors import ConfigError
 from jaxdiff.nets import ops
 from jaxdiff.nets.conditioning import dense
+from jaxdiff.nets.init import XAVIER, XAVIER_SQUARE
 from jaxdiff.types import Array
 
-XAVIER = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-XAVIER_QKV = nn.initializers.variance_scaling(1.0, "fan_in", "uniform")
 ZEROS = nn.initializers.zeros
 
 
@@ -58,10 +57,11 @@ class GroupNorm(nn.Module):
 
 
 class MultiHead(nn.Module):
-    """Attention of x (b, n, c) to itself, or to `context` (b, m, d) where mask (b, m) is true; starts at zero."""
+    """Attention of x (b, n, c) to itself, or to `context` (b, m, d) where mask (b, m) is true."""
 
     heads: int
-    qkv_init: Initializer = XAVIER_QKV
+    qkv_init: Initializer = XAVIER_SQUARE
+    out_init: Initializer = ZEROS
 
     @nn.compact
     def __call__(self, x: Array, context: Array | None = None, mask: Array | None = None) -> Array:
@@ -74,7 +74,7 @@ class MultiHead(nn.Module):
         q, k, v = (a.reshape(*a.shape[:2], self.heads, channels // self.heads) for a in (q, k, v))
         mask = None if mask is None else mask[:, None, None, :]
         y = jax.nn.dot_product_attention(q, k, v, mask=mask)
-        return dense(y.reshape(x.shape), channels, "out", ZEROS)
+        return dense(y.reshape(x.shape), channels, "out", self.out_init)
 
 
 class Block(nn.Module):
@@ -97,7 +97,7 @@ class Block(nn.Module):
     heads: int = 1
     head_channels: int | None = None
     kernel_init: Initializer = XAVIER
-    qkv_init: Initializer = XAVIER_QKV
+    qkv_init: Initializer = XAVIER_SQUARE
 
     @nn.compact
     def __call__(self, x: Array, embedding: Array, context: Any, deterministic: bool) -> Array:

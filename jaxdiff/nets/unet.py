@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.nets import layers
+from jaxdiff.nets import init, layers
 from jaxdiff.nets.conditioning import (
     Context,
     Embedding,
@@ -29,9 +29,9 @@ from jaxdiff.nets.conditioning import (
 from jaxdiff.types import Array
 
 # PyTorch's default for convolutions and linear layers, U(-1, 1) / sqrt(fan_in), which ADM leaves unchanged.
-TORCH = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+TORCH = init.uniform(1 / 3, "fan_in")
 # EDM draws one c x 3c Xavier matrix for queries, keys and values and multiplies it by sqrt(0.2).
-EDM_QKV = nn.initializers.variance_scaling(0.1, "fan_in", "uniform")
+EDM_QKV = init.uniform(0.1, "fan_in")
 
 
 class UNet(nn.Module):
@@ -67,8 +67,8 @@ class UNet(nn.Module):
     vector_dim: int | None = None
     token_dim: int | None = None
     early_condition: bool = False
-    kernel_init: Initializer = layers.XAVIER
-    qkv_init: Initializer = layers.XAVIER_QKV
+    kernel_init: Initializer = init.XAVIER
+    qkv_init: Initializer = init.XAVIER_SQUARE
     remat: bool = False
     dtype: Any = None
 
@@ -109,6 +109,9 @@ class UNet(nn.Module):
         return layers.depth_to_space(h, self.patch_size)[:, : x.shape[1], : x.shape[2]].astype(x.dtype)
 
     def _embedding(self) -> Embedding:
+        class_init = init.normal(1.0)
+        if self.early_condition and self.num_classes is not None:  # EDM: Xavier, on one-hot vectors times sqrt(classes)
+            class_init = init.uniform(self.num_classes, "fan_avg")
         return Embedding(
             features=4 * self.channels,
             frequencies=self.channels,
@@ -118,6 +121,7 @@ class UNet(nn.Module):
             vector_dim=self.vector_dim,
             early=self.early_condition,
             kernel_init=self.kernel_init,
+            class_init=class_init,
             name="time",
         )
 
@@ -208,7 +212,8 @@ def _check_heads(net: UNet) -> None:
 
 def ddpm_cifar10(**settings: Any) -> UNet:
     """The CIFAR-10 network of DDPM, 35,746,307 parameters. Ho, Jain & Abbeel 2020, appendix B. time: index 0 .. 999."""
-    return UNet(**{"dropout": 0.1} | settings)
+    defaults: dict[str, Any] = {"dropout": 0.1}
+    return UNet(**defaults | settings)
 
 
 def adm(**settings: Any) -> UNet:
@@ -239,12 +244,12 @@ def edm_ddpmpp(**settings: Any) -> UNet:
 
 
 def small(**settings: Any) -> UNet:
-    """A network of 1 to 4 M parameters that trains on a laptop: 2 x 2 patches, two levels, heads of 32 channels.
+    """A network of about 3 M parameters that trains on a laptop: 2 x 2 patches, two levels, heads of 32 channels.
 
     time in [0, 1]. Give token_dim and vector_dim for text, num_classes for labels, patch_size=1 for finer detail.
     """
     defaults: dict[str, Any] = {
-        "channels": 64, "multipliers": (1, 2), "num_blocks": 2, "attention_levels": (1,), "head_channels": 32,
+        "channels": 64, "multipliers": (1, 2), "num_blocks": 1, "attention_levels": (1,), "head_channels": 32,
         "groups": 16, "scale_shift": True, "patch_size": 2, "time_scale": 1000.0,
     }  # fmt: skip
     if settings.get("token_dim") is not None:
