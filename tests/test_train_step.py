@@ -11,6 +11,7 @@ import pytest
 
 from jaxdiff import train
 from jaxdiff.errors import ConfigError
+from jaxdiff.train import step as step_lib
 
 WIDTH, BATCH = 4, 8
 EMA = {"slow": 0.999, "fast": 0.5}
@@ -83,9 +84,13 @@ def test_key_of_a_step_is_root_folded_with_the_step():
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
 
 
-def test_steps_in_one_call_are_bit_equal_to_single_calls():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_steps_in_one_call_are_bit_equal_to_single_calls(monkeypatch, on_cpu):
+    """Off the CPU the steps are one scan, on it one dispatch each: both paths run here."""
+    monkeypatch.setattr(step_lib, "_on_cpu", lambda mesh: on_cpu)
     data = batches(4)
     once, together = make(), make(steps_per_call=4)
+    assert len(together._parts(data)) == (4 if on_cpu else 1)
     state, losses = new_state(), []
     for i in range(4):
         state, metrics = once(state, part(data, i, i + 1))
@@ -95,8 +100,28 @@ def test_steps_in_one_call_are_bit_equal_to_single_calls():
     assert_same_bits(jnp.stack(losses), metrics["loss"])
 
 
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_backward_convolutions_are_not_in_a_loop_on_a_cpu(monkeypatch, on_cpu):
+    """Inside a while loop XLA's CPU backend takes 100 times as long for them."""
+
+    def loss(params, key, batch):
+        del key
+        out = jax.lax.conv(batch, params["kernel"], (1, 1), "SAME")
+        return (out**2).mean((1, 2, 3)), {}
+
+    monkeypatch.setattr(step_lib, "_on_cpu", lambda mesh: on_cpu)
+    state = train.create_state({"kernel": jnp.ones((2, 2, 3, 3))}, OPTIMIZER)
+    images = np.ones((2, 4, 2, 8, 8), np.float32)
+    step = train.make_step(loss, OPTIMIZER, key=jax.random.key(0), steps_per_call=2, accumulate=2)
+    assert str(jax.make_jaxpr(step.jitted)(state, step.key, step._parts(images)[0], None)).count("scan[") == (
+        0 if on_cpu else 2
+    )
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
 @pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_gradient_is_the_full_one(accumulate):
+def test_accumulated_gradient_is_the_full_one(monkeypatch, accumulate, on_cpu):
+    monkeypatch.setattr(step_lib, "_on_cpu", lambda mesh: on_cpu)
     data = batches(2)
     options = {"optimizer": optax.sgd(0.1), "steps_per_call": 2, "summary": lambda losses, aux: {"each": losses}}
     full, wanted = make(squared_error, **options)(new_state(optax.sgd(0.1)), data)
@@ -228,3 +253,21 @@ def test_wrong_counts_and_shapes_are_named(options, shape, message):
 def test_ema_name_with_a_dot_is_refused():
     with pytest.raises(ConfigError, match=r"without '\.', got 'ema_0\.9'"):
         train.create_state(params(), OPTIMIZER, ema={"ema_0.9": 0.9})
+
+
+def test_averages_of_state_and_step_must_have_the_same_names():
+    with pytest.raises(ConfigError, match=r"averages \['fast', 'slow'\] and make_step was given \['slow'\]"):
+        make(ema={"slow": 0.9})(new_state(), batches(1))
+
+
+def test_averages_move_as_the_formula_says():
+    step, data = make(squared_error, optax.sgd(0.1)), batches(6)
+    state = train.create_state(params(), optax.sgd(0.1), ema=EMA)
+    expected = {name: np.zeros(WIDTH) for name in EMA}
+    for n in range(6):
+        state, _ = step(state, part(data, n, n + 1))
+        for name, decay in EMA.items():
+            d = min(decay, (1 + n) / (10 + n))
+            expected[name] = d * expected[name] + (1 - d) * np.asarray(state.params["b"], np.float64)
+    for name, value in expected.items():
+        np.testing.assert_allclose(state.ema_params[name]["b"], value, atol=1e-6)

@@ -6,7 +6,7 @@ A decay d is a function of n. Because the average starts from the parameters and
 debiasing: constant parameters are reproduced exactly, whatever the decay.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import jax
@@ -55,6 +55,11 @@ def half_life(examples: float, *, batch_size: int, ramp: float = 0.05) -> Decay:
         return jnp.exp2(-batch_size / jnp.maximum(life, 1e-8))
 
     return decay
+
+
+def decays(ema: Mapping[str, float | Decay]) -> dict[str, Decay]:
+    """The same with a float replaced by `warmed(float)`."""
+    return {name: decay if callable(decay) else warmed(decay) for name, decay in ema.items()}
 
 
 def update(ema_params: PyTree, params: PyTree, decay: Array) -> PyTree:

@@ -71,15 +71,26 @@ class Step:
 
     def __call__(self, state: TrainState, batches: PyTree, data: PyTree = None) -> tuple[TrainState, Metrics]:
         """`steps_per_call` steps. Donates `state`: use only the returned one. Metrics are stacked, (k, ...)."""
-        return self.jitted(state, self.key, self._place(batches), data)
+        parts = self._parts(batches)
+        results = []
+        for part in parts:
+            state, metrics = self.jitted(state, self.key, self._place(part), data)
+            results.append(metrics)
+        return state, results[0] if len(parts) == 1 else jax.tree.map(lambda *m: jnp.concatenate(m), *results)
 
     def lower(self, state: TrainState, batches: PyTree, data: PyTree = None) -> jax.stages.Lowered:
-        """The step for these shapes, not run: `.compile()` gives cost_analysis() and memory_analysis()."""
-        return self.jitted.lower(state, self.key, self._place(batches), data)
+        """The program of one dispatch, not run: `.compile()` gives cost_analysis() and memory_analysis()."""
+        return self.jitted.lower(state, self.key, self._place(self._parts(batches)[0]), data)
 
-    def _place(self, batches: PyTree) -> PyTree:
+    def _parts(self, batches: PyTree) -> list[PyTree]:
+        """What goes into one dispatch: all the steps, but on a CPU, where a loop is slow (see `_loop`), one."""
         for leaf in jax.tree.leaves(batches):
             self._check(np.shape(leaf))
+        if self.steps_per_call == 1 or not _on_cpu(self.mesh):
+            return [batches]
+        return [jax.tree.map(lambda x: x[i : i + 1], batches) for i in range(self.steps_per_call)]  # noqa: B023
+
+    def _place(self, batches: PyTree) -> PyTree:
         if self.mesh is None:
             return batches
         return jax.device_put(batches, mesh_lib.batch_sharding(self.mesh, leading=1))
@@ -123,22 +134,20 @@ def make_step(
     for name, value in (("accumulate", accumulate), ("steps_per_call", steps_per_call)):
         if value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value}. 1 is off.")
-    decays = {k: d if callable(d) else ema_lib.warmed(d) for k, d in (ema or {}).items()}
-    gradient = _gradient(loss_fn, accumulate, mesh)
+    decays, gradient = ema_lib.decays(ema or {}), _gradient(loss_fn, accumulate, mesh)
 
     def one(state: TrainState, batch: PyTree, root: Key, data: PyTree) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(root, state.step)
         grads, losses, aux = gradient(state.params, step_key, lambda part: get_batch(data, part), batch)
         loss, norm = losses.mean(), optax.tree.norm(grads)
         # A norm that overflows is refused with the others: clipping by it would make the update zero or NaN.
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        new = _advance(state, grads, finite, optimizer, decays)
+        new = _advance(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm), optimizer, decays)
         if mesh is not None:
             new = jax.lax.with_sharding_constraint(new, mesh_lib.state_sharding(mesh, new))
         return new, {"loss": loss, "grad_norm": norm, "bad_steps": new.bad_steps, **summary(losses, aux)}
 
     def run(state: TrainState, root: Key, batches: PyTree, data: PyTree) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda s, batch: one(s, batch, root, data), state, batches)
+        return _loop(lambda s, batch: one(s, batch, root, data), state, batches, mesh)
 
     return Step(jax.jit(run, donate_argnums=0), key, steps_per_call, accumulate, mesh)
 
@@ -165,11 +174,27 @@ def _gradient(loss_fn: LossFn, accumulate: int, mesh: Mesh | None) -> Callable[.
 
         parts = jax.tree.map(lambda x: _split(x, accumulate), batch)
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, per_example = jax.lax.scan(body, zeros, (jnp.arange(accumulate), parts))
+        total, per_example = _loop(body, zeros, (jnp.arange(accumulate), parts), mesh)
         losses, aux = jax.tree.map(_join, per_example)
         return jax.tree.map(lambda g: g / accumulate, total), losses, aux
 
     return of_part if accumulate == 1 else of_parts
+
+
+def _loop(body: Callable, carry: PyTree, xs: PyTree, mesh: Mesh | None) -> tuple[PyTree, PyTree]:
+    """`lax.scan`, written out where XLA runs no fast backward convolution inside a loop: on CPUs, 100 times slower."""
+    length = jax.tree.leaves(xs)[0].shape[0]
+    if length > 1 and not _on_cpu(mesh):
+        return jax.lax.scan(body, carry, xs)
+    results = []
+    for i in range(length):
+        carry, result = body(carry, jax.tree.map(lambda x: x[i], xs))  # noqa: B023
+        results.append(result)
+    return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *results)
+
+
+def _on_cpu(mesh: Mesh | None) -> bool:
+    return (jax.default_backend() if mesh is None else mesh.devices.flat[0].platform) == "cpu"
 
 
 def _split(x: Array, parts: int) -> Array:
@@ -190,6 +215,11 @@ def _advance(
     decays: Mapping[str, ema_lib.Decay],
 ) -> TrainState:
     """The update, kept only where `finite`; the optimiser's own count, too, counts good steps only."""
+    if set(decays) != set(state.ema_params):
+        raise ConfigError(
+            f"the state has the averages {sorted(state.ema_params)} and make_step was given {sorted(decays)}. "
+            "Pass the same `ema` to create_state and to make_step."
+        )
     with jax.numpy_dtype_promotion("standard"):  # Optax raises a python float to an integer count
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
