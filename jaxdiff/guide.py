@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.schedule import expand
+from jaxdiff.schedule import as_float, expand
 from jaxdiff.types import Array, Denoiser, PyTree, Schedule
 
 
@@ -119,9 +120,8 @@ def threshold_dynamic(denoise: Denoiser, quantile: float = 0.995, limit: float =
 
     def thresholded(x: Array, t: Array) -> Array:
         x0 = denoise(x, t)
-        rows = jnp.abs(x0).reshape(x0.shape[0], -1).astype(jnp.promote_types(x0.dtype, jnp.float32))
-        q = jnp.maximum(jnp.quantile(rows, quantile, axis=1), limit).astype(x0.dtype)
-        q = expand(q, x0)
+        rows = as_float(jnp.abs(x0)).reshape(x0.shape[0], -1)
+        q = expand(jnp.maximum(jnp.quantile(rows, quantile, axis=1), limit), x0).astype(x0.dtype)
         return jnp.clip(x0, -q, q) * (limit / q)
 
     return thresholded
@@ -171,7 +171,7 @@ def _is_static(scale: Any, value: float) -> bool:
 
 def _check_scale(scale: Any) -> Any:
     """The scale as it is; concrete values are checked, traced ones cannot be."""
-    if not isinstance(scale, jax.core.Tracer):
+    if not isinstance(scale, Tracer):
         values = np.asarray(scale, np.float64)
         if not (np.isfinite(values).all() and (values >= 0).all()):
             raise ConfigError(f"guidance scale must be finite and >= 0, got {scale}. Use 1 for no guidance.")

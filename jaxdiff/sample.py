@@ -17,9 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdiff import process
 from jaxdiff.errors import ConfigError
+from jaxdiff.schedule import as_float
 from jaxdiff.types import Array, Denoiser, Key, Schedule, Solver
 
 Callback = Callable[[int, int], Any]
@@ -79,9 +81,11 @@ def _run(
     return_trajectory: bool,
     callback: Callback | None,
 ) -> Any:
-    if jnp.ndim(x) < 1 or not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise ConfigError(f"x must be floating point of shape (b, ...), got {jnp.result_type(x)} {jnp.shape(x)}.")
-    x = jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32))
+    if jnp.ndim(x) < 1:
+        raise ConfigError(
+            "x must have shape (b, ...), got a scalar. Make noise with process.prior(key, schedule, shape)."
+        )
+    x = as_float(x)
     times = _check_times(times, x.dtype)[::direction]
     keys = process.example_keys(key, x.shape[0])
     checked = _checked(denoise)
@@ -127,7 +131,7 @@ def _check_times(times: Any, dtype: Any) -> Array:
             f"times must be one row of at least 2 times, got shape {np.shape(times)}. "
             "Make one with sample.uniform_grid(schedule, num_steps)."
         )
-    if not isinstance(times, jax.core.Tracer):
+    if not isinstance(times, Tracer):
         # Checked as the device will see them: two times may differ in float64 and be equal in float32.
         values = np.asarray(times).astype(dtype)
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1 and (np.diff(values) < 0).all()):

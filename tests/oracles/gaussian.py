@@ -1,4 +1,4 @@
-"""Closed forms for data whose diffusion is known exactly: a Gaussian with diagonal variance, and a mixture of Gaussians.
+"""Closed forms for data whose diffusion is known exactly: a Gaussian of diagonal variance, a mixture of Gaussians.
 
     x_t = alpha x0 + sigma eps,  x0 ~ N(mean, diag variance)
     x_t ~ N(alpha mean, V_t),    V_t = alpha^2 variance + sigma^2
@@ -50,7 +50,7 @@ class Gaussian:
     def posterior_variance(self, x, t):
         """Var[x0 | x_t], broadcast against x."""
         _, sigma, _, variance, total = self._parts(x, jnp.asarray(t))
-        return variance * sigma**2 / total
+        return jnp.broadcast_to(variance * sigma**2 / total, x.shape)
 
     def score(self, x, t):
         """grad_x log p_t(x)."""
@@ -69,18 +69,18 @@ class Gaussian:
         alpha_s, sigma_s, _, _, total_s = self._parts(x, jnp.asarray(s))
         covariance = alpha_s * alpha_t * variance + alpha_t / alpha_s * sigma_s**2
         gain = covariance / total_t
-        return alpha_s * mean + gain * (x - alpha_t * mean), total_s - gain * covariance
+        return alpha_s * mean + gain * (x - alpha_t * mean), jnp.broadcast_to(total_s - gain * covariance, x.shape)
 
     def moments(self, x, t):
         """(mean, variance) of x_t, broadcast against x."""
         alpha, _, mean, _, total = self._parts(x, jnp.asarray(t))
-        return alpha * mean, total
+        return jnp.broadcast_to(alpha * mean, x.shape), jnp.broadcast_to(total, x.shape)
 
     def log_prob(self, x, t):
         """log p_t(x), (b,)."""
         mean, total = self.moments(x, t)
-        terms = jnp.broadcast_to(-((x - mean) ** 2) / total - jnp.log(2 * jnp.pi * total), x.shape) / 2
-        return terms.sum(tuple(range(1, x.ndim)))
+        terms = -((x - mean) ** 2) / total - jnp.log(2 * jnp.pi * total)
+        return terms.sum(tuple(range(1, x.ndim))) / 2
 
 
 @dataclass(frozen=True)
