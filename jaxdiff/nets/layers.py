@@ -17,7 +17,7 @@ from jax.nn.initializers import Initializer
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.nets import ops
-from jaxdiff.nets.conditioning import dense
+from jaxdiff.nets.conditioning import at_least_float32, dense
 from jaxdiff.nets.init import XAVIER, XAVIER_SQUARE
 from jaxdiff.types import Array
 
@@ -43,16 +43,23 @@ class Conv(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with a learned scale and bias, followed by SiLU where asked."""
+    """Group normalisation with a learned scale and bias, followed by SiLU where asked.
+
+    `film` (a, b), each (b, c), modulates each example: norm(x) (1 + a) + b. Perez et al. 2018.
+    """
 
     groups: int
     eps: float = 1e-6
     silu: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, film: tuple[Array, Array] | None = None) -> Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", ZEROS, (x.shape[-1],), jnp.float32)
+        if film is not None:
+            wide = at_least_float32(x.dtype)
+            gain, shift = 1 + film[0].astype(wide), film[1].astype(wide)
+            scale, bias = scale[None].astype(wide) * gain, bias[None].astype(wide) * gain + shift
         return ops.group_norm(x, scale, bias, self.groups, silu=self.silu, eps=self.eps)
 
 
@@ -113,11 +120,12 @@ class Block(nn.Module):
 
     def _modulate(self, h: Array, embedding: Array) -> Array:
         width = self.features * (2 if self.scale_shift else 1)
-        e = dense(embedding.astype(h.dtype), width, "embedding", self.kernel_init)[:, None, None, :]
+        e = dense(embedding.astype(h.dtype), width, "embedding", self.kernel_init)
+        norm = GroupNorm(self.groups, self.eps, silu=True, name="norm_out")
         if not self.scale_shift:
-            return GroupNorm(self.groups, self.eps, silu=True, name="norm_out")(h + e)
-        scale, shift = jnp.split(e, 2, axis=-1)
-        return nn.silu(GroupNorm(self.groups, self.eps, name="norm_out")(h) * (1 + scale) + shift)
+            return norm(h + e[:, None, None, :])
+        a, b = jnp.split(e, 2, axis=-1)
+        return norm(h, (a, b))
 
     def _skip(self, x: Array) -> Array:
         x = downsample(x) if self.resample == "down" else x
