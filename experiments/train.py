@@ -5,7 +5,6 @@ python -m experiments.train --config=cifar10 --workdir=runs/a --config.train.bat
 """
 
 import argparse
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -105,13 +104,17 @@ def _accumulate(window: dict[str, Any], metrics: dict[str, Any]) -> dict[str, An
 def _line(window: dict[str, Any], bad_steps: int) -> dict[str, Any]:
     """The averages since the last line: loss, grad_norm, loss per bucket (null where no example fell in it)."""
     w = {k: np.asarray(v, np.float64) for k, v in window.items()}
-    means = [float(s / n) if n else None for s, n in zip(w["bucket_sum"], w["bucket_count"], strict=True)]
     return {
-        "loss": float(w["loss"] / w["steps"]),
-        "grad_norm": float(w["grad_norm"] / w["steps"]),
+        "loss": _ratio(w["loss"], w["steps"]),
+        "grad_norm": _ratio(w["grad_norm"], w["steps"]),
         "bad_steps": bad_steps,
-        "loss_per_logsnr": means,
+        "loss_per_logsnr": [_ratio(s, n) for s, n in zip(w["bucket_sum"], w["bucket_count"], strict=True)],
     }
+
+
+def _ratio(total: np.ndarray, count: np.ndarray) -> float | None:
+    """total / count, or None, JSON's null, where that is no number (0 / 0, or a bad step in the sum)."""
+    return float(total / count) if count and np.isfinite(total) else None
 
 
 def fit(job: Job) -> int:
@@ -167,7 +170,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
     draw = jax.jit(job.sampler)
     bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
     previous, since = None, (time.perf_counter(), done)
-    while done < c.steps and stop.signal is None:
+    while done < c.steps:
         batches = data.orders(job.config.seed, done, k, batch_size=c.batch_size, num_examples=job.info["num_examples"])
         state, metrics = step(carry["state"], batches, rows)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
@@ -183,9 +186,14 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
             log.write("metrics", done, line)
             since = _speed(log, bar, line, done, since, c.batch_size)
         if done == c.steps or (c.sample_every and done % c.sample_every == 0):
+            started = time.perf_counter()
             save_grid(job, draw, state.ema_params["ema"], done)
-        if done == c.steps or done % c.checkpoint_every == 0 or stop.signal is not None:
+            since = since[0] + time.perf_counter() - started, since[1]
+        stopping = stop.signal is not None
+        if stopping or done == c.steps or done % c.checkpoint_every == 0:
             checkpoints.save(carry, done)
+        if stopping:
+            break
     bar.close()
     return done
 
@@ -198,13 +206,19 @@ def _first_call(metrics: dict[str, Any], since: tuple[float, int], steps: int) -
     return now, since[1] + steps
 
 
-def _speed(log: workdir.Log, bar: tqdm, line: dict[str, Any], done: int, since: tuple[float, int], batch: int) -> tuple:
-    now = time.perf_counter()
-    rate = (done - since[1]) * batch / (now - since[0])
-    log.write("speed", done, {"images_per_second": rate, "seconds": now - since[0]})
-    bar.set_postfix_str(
-        f"loss {line['loss']:.4f}, {rate:,.0f} images/s" + f", {line['bad_steps']} bad" * bool(line["bad_steps"])
-    )
+def _speed(
+    log: workdir.Log, bar: tqdm, line: dict[str, Any], done: int, since: tuple[float, int], batch: int
+) -> tuple[float, int]:
+    """Show and log the speed since (time, step) `since`; returns the new one."""
+    now, steps = time.perf_counter(), done - since[1]
+    text = f"loss {line['loss']:.4f}" if line["loss"] is not None else "loss not finite"
+    if steps:  # not after the first call alone, whose time is that of the compiler
+        rate = steps * batch / (now - since[0])
+        log.write("speed", done, {"images_per_second": rate, "seconds": now - since[0]})
+        text += f", {rate:,.0f} images/s"
+    if line["bad_steps"]:
+        text += f", {line['bad_steps']} bad steps"
+    bar.set_postfix_str(text)
     return now, done
 
 
@@ -222,7 +236,7 @@ def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
 
 def use_compile_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxdiff: a restart is fast."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxdiff" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

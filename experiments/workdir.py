@@ -24,15 +24,7 @@ from experiments import cli
 from jaxdiff.errors import CheckpointError, ConfigError
 
 # Settings that do not change what is learned up to a step: a run may be resumed with others.
-FREE = (
-    "train.steps",
-    "train.log_every",
-    "train.sample_every",
-    "train.checkpoint_every",
-    "train.keep",
-    "sample.",
-    "mesh.",
-)
+FREE = ("train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "sample.", "mesh.")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -97,7 +89,8 @@ def _try_to_write(workdir: Path, parent: Path) -> None:
 
 def _check_same(workdir: Path, config: ConfigDict) -> None:
     old, new = cli.flatten(load_json(workdir / "config.json")), cli.flatten(json.loads(config.to_json()))
-    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(FREE)]
+    free = FREE if config.optimizer.decay == "cosine" else (*FREE, "train.steps")  # cosine decay ends at the last step
+    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(free)]
     if changed:
         lines = "".join(f"\n  {k}: was {old.get(k)!r}, now {new.get(k)!r}" for k in changed[:8])
         more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""

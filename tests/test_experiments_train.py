@@ -1,0 +1,243 @@
+"""The main job end to end, tiny: it learns, resumes bit for bit, stops on a signal, and its pictures are repeatable."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import evaluate, inputs, sample, trained, workdir
+from experiments import export as exporting
+from experiments import model as models
+from experiments import train as job
+from jaxdiff import data
+from jaxdiff.errors import CheckpointError, ConfigError
+
+EMOJI = [
+    "--config=emoji", "--config.data.size=8", "--config.net.channels=16", "--config.net.groups=8",
+    "--config.net.num_blocks=1", "--config.net.head_channels=16", "--config.net.patch_size=1", "--config.text.dim=16",
+    "--config.text.depth=1", "--config.text.heads=2", "--config.train.batch_size=32", "--config.train.steps=30",
+    "--config.train.log_every=10", "--config.optimizer.warmup=5", "--config.optimizer.learning_rate=3e-3",
+    "--config.sample.num=4", "--config.sample.steps=2", "--config.train.sample_every=0",
+]  # fmt: skip
+ROLL = [
+    "--config=swissroll", "--config.net.width=16", "--config.net.depth=1", "--config.train.batch_size=16",
+    "--config.train.steps_per_call=5", "--config.train.log_every=20", "--config.train.sample_every=0",
+    "--config.sample.num=16", "--config.sample.steps=2", "--config.data.points=100", "--config.train.steps=60",
+    "--config.train.checkpoint_every=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def emoji(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("emoji") / "run"
+    assert job.run([*EMOJI, f"--workdir={directory}"]) == 0
+    return directory
+
+
+@pytest.fixture(scope="module")
+def roll(tmp_path_factory):
+    """An uninterrupted run, against which the interrupted ones are held."""
+    directory = tmp_path_factory.mktemp("roll") / "run"
+    assert job.run([*ROLL, f"--workdir={directory}"]) == 0
+    return directory
+
+
+def assert_same_run(one: Path, other: Path):
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    first, second = trained.load(one), trained.load(other)
+    assert first.step == second.step
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
+def test_thirty_steps_on_the_embedded_default_lower_the_loss(emoji):
+    run = trained.load(emoji)
+    state = models.carry(run.model, run.config, jax.random.split(jax.random.key(run.config.seed))[0])["state"]
+    dataset = inputs.load(run.config)
+    rows = inputs.arrays(dataset, "caption", run.model.tokenizer, run.model.max_len)
+    batch = {name: jnp.asarray(row[:256]) for name, row in rows.items()}
+    loss = jax.jit(lambda params: run.model.loss(params, jax.random.key(1), batch)[0].mean())
+    before, after = float(loss(state.params)), float(loss(run.params))
+    assert after < 0.9 * before, (before, after)
+
+
+def test_a_run_leaves_what_it_promises(emoji):
+    lines = [json.loads(line) for line in (emoji / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert set(lines[0]) == {"step", "loss", "grad_norm", "bad_steps", "loss_per_logsnr"}
+    assert json.loads((emoji / "config.json").read_text())["train"]["steps"] == 30
+    assert "jax" in json.loads((emoji / "versions.json").read_text())["packages"]
+    picture = emoji / "samples" / "step_00000030.png"
+    assert Image.open(picture).size == (18, 18)
+    assert data.read_metadata(picture)["step"] == "30"
+
+
+def test_the_same_seed_is_the_same_picture_at_any_batch_size(emoji, tmp_path):
+    argv = [f"--workdir={emoji}", "--prompt", "red heart", "--steps=3", f"--out={tmp_path / 'a.png'}"]
+    assert sample.run([*argv, "--num=5", "--seed=3", f"--each={tmp_path / 'five'}"]) == 0
+    assert sample.run([*argv, "--seeds", "7", "5", f"--each={tmp_path / 'two'}", "--batch=1"]) == 0
+    five = {data.read_metadata(p)["seed"]: np.asarray(Image.open(p), int) for p in (tmp_path / "five").iterdir()}
+    for path in (tmp_path / "two").iterdir():
+        info = data.read_metadata(path)
+        assert info["prompt"] == "red heart"
+        assert info["solver"] == "dpmpp_2m"
+        assert info["steps"] == "3"
+        assert np.abs(five[info["seed"]] - np.asarray(Image.open(path), int)).max() <= 1
+    assert np.abs(five["3"] - five["4"]).max() > 1
+
+
+def test_prompts_and_negatives_reach_the_picture(emoji, tmp_path):
+    run = trained.load(emoji)
+    settings = sample.settings(sample._parser().parse_args([f"--workdir={emoji}", "--prompt", "a"]), run.config)
+    cond, null = run.model.captions(["red heart"]), run.model.null(1)
+    base = trained.draw(run, settings, cond, null, [0], 1)
+    assert np.abs(base - trained.draw(run, settings, run.model.captions(["blue circle"]), null, [0], 1)).max() > 1e-4
+    assert np.abs(base - trained.draw(run, settings, cond, run.model.captions(["cat"]), [0], 1)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--steps=0"], "--steps"),
+        (["--scale=nan", "--prompt", "a"], "finite"),
+        (["--solver=hein", "--prompt", "a"], "'heun'"),
+        (["--label", "3"], "it takes --prompt"),
+        (["--num=0"], "--num"),
+        (["--out=nowhere/a.png"], "does not exist"),
+        (["--out=a.jpg"], ".png"),
+        (["--negative=cat", "--scale=1", "--prompt", "a"], "--scale 4"),
+        (["--seeds", "-1"], "seed"),
+        (["--promt", "a"], "'--prompt'"),
+        (["--checkpoint=7"], "no checkpoint of step 7"),
+    ],
+)
+def test_bad_sampling_requests_are_refused(emoji, argv, words, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=words):
+        sample.run([f"--workdir={emoji}", *argv])
+    assert not list(tmp_path.iterdir())
+
+
+def test_sampling_needs_a_run(tmp_path):
+    with pytest.raises(CheckpointError, match=r"experiments\.train"):
+        sample.run([f"--workdir={tmp_path}"])
+
+
+def test_evaluate_writes_the_figure(emoji):
+    assert evaluate.run([f"--workdir={emoji}", "--num=4", "--steps=1"]) == 0
+    figure = json.loads((emoji / "evaluate.json").read_text())
+    assert figure["chance"] == 5 / 1906
+    assert len(figure["ranks"]) == 4
+    assert figure["recall_at_5"] == sum(rank < 5 for rank in figure["ranks"]) / 4
+
+
+def test_the_exported_sampler_runs_with_jax_alone(emoji, tmp_path):
+    out = tmp_path / "sampler"
+    assert exporting.run([f"--workdir={emoji}", f"--out={out}", "--batch=2", "--steps=2"]) == 0
+    program = jax.export.deserialize(bytearray((out / "sampler.jax").read_bytes()))
+    assert set(program.platforms) == {"cpu", "cuda", "tpu"}
+    params = [value for _, value in sorted(np.load(out / "params.npz").items())]
+    run = trained.load(emoji)
+    cond, null = run.model.captions(["red heart", "cat"]), run.model.null(2)
+    got = program.call(params, np.asarray([5, 6], np.uint32), cond["ids"], null["ids"])
+    settings = run.config.sample
+    np.testing.assert_allclose(got, trained.draw(run, settings, cond, null, [5, 6], 2), atol=1e-4)
+    code = (out / "README.md").read_text().split("```python")
+    assert len(code) == 3
+    with pytest.raises(CheckpointError, match="exists already"):
+        exporting.run([f"--workdir={emoji}", f"--out={out}"])
+
+
+def test_another_config_in_the_same_workdir_is_refused(emoji):
+    before = (emoji / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"optimizer\.b1: was 0\.9, now 0\.5"):
+        job.run([*EMOJI, "--config.optimizer.b1=0.5", f"--workdir={emoji}"])
+    assert (emoji / "config.json").read_bytes() == before
+
+
+def test_a_finished_run_started_again_does_nothing(roll, capsys):
+    log = (roll / "metrics.jsonl").read_bytes()
+    assert job.run([*ROLL, f"--workdir={roll}"]) == 0
+    assert "resuming from step 60 of 60" in capsys.readouterr().out
+    assert (roll / "metrics.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_rest_is_bit_identical(roll, tmp_path, monkeypatch, capsys, number, status):
+    orders = data.orders
+
+    def interrupting(seed, step, *args, **kwargs):
+        if step == 25:  # between two checkpoints, and in the middle of a line of the log
+            os.kill(os.getpid(), number)
+        return orders(seed, step, *args, **kwargs)
+
+    directory = tmp_path / "run"
+    monkeypatch.setattr(data, "orders", interrupting)
+    assert job.run([*ROLL, f"--workdir={directory}"]) == status
+    assert f"stopped at step 30, saved in {directory}" in capsys.readouterr().out
+    monkeypatch.setattr(data, "orders", orders)
+    assert job.run([*ROLL, f"--workdir={directory}"]) == 0
+    assert "resuming from step 30 of 60" in capsys.readouterr().out
+    assert_same_run(roll, directory)
+
+
+def test_kill_nine_and_restart_is_bit_identical(tmp_path):
+    """Both runs are processes of their own, so that nothing but the files connects the two halves of the second."""
+    long = [*ROLL, "--config.train.steps=400", "--config.train.checkpoint_every=50", "--config.train.steps_per_call=10"]
+    command = [sys.executable, "-m", "experiments.train", *long]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, f"--workdir={whole}"], check=True, capture_output=True)
+    process = subprocess.Popen([*command, f"--workdir={broken}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not (broken / "checkpoints" / "100").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    second = subprocess.run([*command, f"--workdir={broken}"], check=True, capture_output=True, text=True)
+    assert "resuming from step" in second.stdout
+    assert_same_run(whole, broken)
+
+
+@pytest.mark.parametrize("bad", ["file", "foreign", "full", "read-only"])
+def test_a_workdir_that_cannot_hold_the_run_is_refused(bad, tmp_path, monkeypatch):
+    directory = tmp_path / "run"
+    if bad == "file":
+        directory.write_text("mine")
+    if bad == "foreign":
+        directory.mkdir()
+        (directory / "thesis.txt").write_text("mine")
+    if bad == "full":
+        monkeypatch.setattr(workdir.shutil, "disk_usage", lambda path: workdir.shutil._ntuple_diskusage(10, 10, 0))
+    if bad == "read-only":
+        monkeypatch.setattr(workdir.tempfile, "NamedTemporaryFile", _read_only)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(job, "fit", lambda job: pytest.fail("training began"))
+    with pytest.raises(CheckpointError, match="another --workdir"):
+        job.run([*ROLL, f"--workdir={directory}"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def _read_only(**kwargs):
+    raise OSError(30, "Read-only file system")
+
+
+def test_the_log_drops_lines_after_the_restored_step_and_a_torn_one(tmp_path):
+    value = 0.1 + 0.2
+    log = workdir.Log(tmp_path, 0)
+    for step in (10, 20, 30):
+        log.write("metrics", step, {"loss": value})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')
+    workdir.Log(tmp_path, 20).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 10, "loss": value}, {"step": 20, "loss": value}]
