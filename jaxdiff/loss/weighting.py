@@ -48,13 +48,13 @@ def snr(schedule: Schedule, target: Target, t: Array) -> Array:
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
-    """min(SNR, gamma) on x0 (Hang et al. 2023, eq. 6)."""
+    """min(SNR, gamma) on x0 (Hang et al. 2023)."""
     _positive("gamma", gamma, "5.0")
     return on_x0(lambda schedule, t: jnp.minimum(schedule.logsnr(t), math.log(gamma)))
 
 
 def p2(gamma: float = 1.0, k: float = 1.0) -> Weighting:
-    """(k + SNR)^-gamma on eps (Choi et al. 2022, eq. 8)."""
+    """(k + SNR)^-gamma on eps (Choi et al. 2022)."""
     _positive("gamma", gamma, "1.0")
     _positive("k", k, "1.0")
 
@@ -79,7 +79,7 @@ def edm(sigma_data: float = 0.5) -> Weighting:
 def sigmoid(bias: float = 2.0) -> Weighting:
     """1/2 sigmoid(bias - logsnr) |d logsnr / dt| on eps, for t uniform: the same loss for every schedule.
 
-    Source: Kingma & Gao 2023, eq. 2 and table 1 (bias 2); SiD2 (Hoogeboom et al. 2024) lowers the bias with the
+    Source: Kingma & Gao 2023 (bias 2); SiD2 (Hoogeboom et al. 2024) lowers the bias with the
     resolution. For bias -> infinity it is `likelihood`.
     """
 

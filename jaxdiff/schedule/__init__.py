@@ -5,6 +5,7 @@
 
 A schedule is a frozen, hashable dataclass: close over it freely. Every method is elementwise, works under jit, and
 follows the dtype of its argument (at least float32). Where alpha or sigma has the limit 0 or 1, it is exactly that.
+The constructors below raise ConfigError for settings out of range.
 """
 
 from collections.abc import Sequence
@@ -55,13 +56,13 @@ def vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> VP:
 
 
 def sub_vp(*, beta_min: float = 0.1, beta_max: float = 20.0) -> SubVP:
-    """The sub-VP SDE: alpha of `vp`, sigma = 1 - alpha^2 (Song et al. 2021, eq. 33)."""
+    """The sub-VP SDE: alpha of `vp`, sigma = 1 - alpha^2 (Song et al. 2021, appendix C)."""
     _check_range("beta_min", beta_min, "beta_max", beta_max)
     return SubVP(beta_min, beta_max)
 
 
 def ve(*, sigma_min: float = 0.01, sigma_max: float = 50.0) -> VE:
-    """The VE-SDE: sigma geometric from sigma_min to sigma_max (Song et al. 2021, eq. 30). sigma(0) is not 0."""
+    """The VE-SDE: sigma geometric from sigma_min to sigma_max (Song et al. 2021, appendix C). sigma(0) is not 0."""
     _check_range("sigma_min", sigma_min, "sigma_max", sigma_max, equal=False)
     return VE(sigma_min, sigma_max)
 
@@ -102,7 +103,7 @@ def cosine(*, s: float = 0.008) -> Cosine:
 
 
 def sigmoid(*, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Sigmoid:
-    """Sigmoid: alpha^2 falls from 1 to 0 along -sigmoid(u), u from start/tau to end/tau (Jabri et al. 2023)."""
+    """Sigmoid: alpha^2 falls from 1 to 0 along -sigmoid(u), u from start/tau to end/tau (Chen 2023, alg. 1)."""
     require(start < end, f"start must be below end, got {start} and {end}. The paper uses start=-3, end=3.")
     require(tau > 0, f"tau must be positive, got {tau}. Use tau=1.0.")
     return Sigmoid(start, end, tau)
@@ -144,7 +145,7 @@ def zero_terminal_snr(betas: Table | Sequence[float] | np.ndarray) -> Table:
 def shift(schedule: Base, *, logsnr: float | None = None, time: float | None = None) -> Base:
     """`schedule` for another resolution; give exactly one of the two.
 
-    logsnr: added to the log-SNR; 2 log(64 / size) is simple diffusion's (Hoogeboom et al. 2023, eq. 3). alpha and
+    logsnr: added to the log-SNR; 2 log(64 / size) is simple diffusion's (Hoogeboom et al. 2023, section 3.1). alpha and
       sigma stay on the curve of the schedule (alpha^2 + sigma^2 = 1, alpha + sigma = 1, alpha = 1).
     time: t becomes s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23). For `rectified_flow` it is the same as
       logsnr = -2 log(s).

@@ -40,7 +40,7 @@ def expand(a: Array | float, x: Array) -> Array:
 def derivative(schedule: Schedule, t: Array | float) -> tuple[Array, Array]:
     """(d alpha/dt, d sigma/dt), finite: within 1e-6 of an end, the value at that distance is used.
 
-    Needed by the velocity target and by the drift and diffusion of the SDE (Song et al. 2021, eq. 29).
+    The velocity target is made of them, and so are the drift and diffusion of the SDE.
     """
     t = jnp.clip(as_float(t), _EDGE, 1 - _EDGE)
     _, tangents = jax.jvp(lambda u: (schedule.alpha(u), schedule.sigma(u)), (t,), (jnp.ones_like(t),))

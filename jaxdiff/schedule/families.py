@@ -45,7 +45,7 @@ class VP(Base):
 
 @dataclasses.dataclass(frozen=True)
 class SubVP(VP):
-    """Sub-VP SDE (Song et al. 2021, eq. 33): alpha of VP, sigma = 1 - alpha^2."""
+    """Sub-VP SDE (Song et al. 2021, appendix C): alpha of VP, sigma = 1 - alpha^2."""
 
     def sigma(self, t: Array) -> Array:
         return -jnp.expm1(-2 * self._decay(t))
@@ -91,7 +91,7 @@ class Cosine(Base):
 
 @dataclasses.dataclass(frozen=True)
 class Sigmoid(Base):
-    """Sigmoid (Jabri et al. 2023, alg. 3): alpha^2 falls from 1 to 0 as -sigmoid(u), u from start/tau to end/tau."""
+    """Sigmoid (Chen 2023, alg. 1): alpha^2 falls from 1 to 0 as -sigmoid(u), u from start/tau to end/tau."""
 
     start: float
     end: float
@@ -152,7 +152,7 @@ class _Exploding(Base):
 
 @dataclasses.dataclass(frozen=True)
 class VE(_Exploding):
-    """Variance-exploding, geometric (Song et al. 2021, eq. 30): sigma = sigma_min (sigma_max / sigma_min)^t."""
+    """Variance-exploding, geometric (Song et al. 2021, appendix C): sigma = sigma_min (sigma_max / sigma_min)^t."""
 
     sigma_min: float
     sigma_max: float

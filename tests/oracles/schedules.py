@@ -45,7 +45,7 @@ def _ve(t):
 
 
 def _shifted_cosine(t, offset=-2.0):
-    # simple diffusion, eq. 3: logsnr + offset, alpha^2 = sigmoid(logsnr)
+    # simple diffusion, section 3.1: logsnr + offset, alpha^2 = sigmoid(logsnr)
     alpha, sigma = _cosine(t)
     logsnr = np.log(alpha**2 / sigma**2) + offset
     return np.sqrt(1 / (1 + np.exp(-logsnr))), np.sqrt(1 / (1 + np.exp(logsnr)))
