@@ -190,10 +190,16 @@ def check_positive(**values: Any) -> None:
             raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")
 
 
-def check_dropout(dropout: float) -> None:
-    """Raise ConfigError unless 0 <= dropout < 1."""
-    if not 0 <= dropout < 1:
+def check_common(dropout: float, dtype: Any) -> None:
+    """Raise ConfigError unless dropout is a number in [0, 1) and dtype is None or a floating dtype."""
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be in [0, 1), got {dropout!r}. Use 0.0 for none.")
+    try:
+        floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ConfigError(f"dtype must be a floating dtype or None, got {dtype!r}. Use jnp.bfloat16 or jnp.float32.")
 
 
 def remat(module: Any, enabled: bool) -> Any:

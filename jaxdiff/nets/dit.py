@@ -20,7 +20,7 @@ from jaxdiff.nets.conditioning import (
     Context,
     Embedding,
     LayerNorm,
-    check_dropout,
+    check_common,
     check_inputs,
     check_positive,
     compute_dtype,
@@ -85,7 +85,7 @@ class DiT(nn.Module):
             out_channels=self.out_channels, num_classes=self.num_classes, vector_dim=self.vector_dim,
             token_dim=self.token_dim,
         )  # fmt: skip
-        check_dropout(self.dropout)
+        check_common(self.dropout, self.dtype)
         if self.width % self.heads or self.width % 8:
             raise ConfigError(f"width must be a multiple of heads ({self.heads}) and of 8, got {self.width}.")
 

@@ -10,7 +10,15 @@ from typing import Any
 import flax.linen as nn
 
 from jaxdiff.nets import init, layers
-from jaxdiff.nets.conditioning import Embedding, LayerNorm, check_inputs, check_positive, compute_dtype, dense
+from jaxdiff.nets.conditioning import (
+    Embedding,
+    LayerNorm,
+    check_common,
+    check_inputs,
+    check_positive,
+    compute_dtype,
+    dense,
+)
 from jaxdiff.types import Array
 
 
@@ -36,6 +44,7 @@ class MLP(nn.Module):
             width=self.width, depth=self.depth, out_features=self.out_features, num_classes=self.num_classes,
             vector_dim=self.vector_dim,
         )  # fmt: skip
+        check_common(0.0, self.dtype)
 
     @nn.compact
     def __call__(

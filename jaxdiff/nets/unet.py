@@ -20,7 +20,7 @@ from jaxdiff.nets import init, layers
 from jaxdiff.nets.conditioning import (
     Context,
     Embedding,
-    check_dropout,
+    check_common,
     check_inputs,
     check_positive,
     compute_dtype,
@@ -181,24 +181,33 @@ def _check_settings(net: UNet) -> None:
         groups=net.groups, patch_size=net.patch_size, out_channels=net.out_channels, num_classes=net.num_classes,
         vector_dim=net.vector_dim, token_dim=net.token_dim,
     )  # fmt: skip
-    check_dropout(net.dropout)
-    if not net.multipliers:
-        raise ConfigError("multipliers must name at least one level, got (). Use (1, 2, 2, 2).")
-    check_positive(**{f"multipliers[{i}]": m for i, m in enumerate(net.multipliers)})
-    widths = {net.channels} | {net.channels * m for m in net.multipliers}
-    for width in sorted(widths):
+    check_common(net.dropout, net.dtype)
+    _check_levels(net)
+    for width in sorted({net.channels} | {net.channels * m for m in net.multipliers}):
         if width % net.groups:
-            raise ConfigError(f"groups must divide the {width} channels of every level, got {net.groups}.")
-    for name in ("attention_levels", "cross_levels"):
-        for level in getattr(net, name):
-            if level not in range(len(net.multipliers)):
-                raise ConfigError(f"{name} must be levels 0 to {len(net.multipliers) - 1}, got {level}.")
-    if net.cross_levels and net.token_dim is None:
-        raise ConfigError(f"cross_levels={net.cross_levels} needs token_dim=..., the width of the tokens, got None.")
+            raise ConfigError(
+                f"groups must divide the {width} channels of every level, got {net.groups}. Use a divisor of {width}."
+            )
     _check_heads(net)
     for name, allowed in (("up_attention", ("all", "last")), ("resample", ("conv", "block"))):
         if getattr(net, name) not in allowed:
             raise ConfigError(f"{name} must be one of {allowed}, got {getattr(net, name)!r}.")
+
+
+def _check_levels(net: UNet) -> None:
+    for name in ("multipliers", "attention_levels", "cross_levels"):
+        value = getattr(net, name)
+        if not isinstance(value, tuple):
+            raise ConfigError(f"{name} must be a tuple of integers, got {value!r}. Use a tuple such as (1, 2).")
+    if not net.multipliers:
+        raise ConfigError("multipliers must name at least one level, got (). Use (1, 2, 2, 2).")
+    check_positive(**{f"multipliers[{i}]": m for i, m in enumerate(net.multipliers)})
+    for name in ("attention_levels", "cross_levels"):
+        for level in getattr(net, name):
+            if level not in range(len(net.multipliers)):
+                raise ConfigError(f"{name} must be levels 0 to {len(net.multipliers) - 1}, got {level!r}.")
+    if net.cross_levels and net.token_dim is None:
+        raise ConfigError(f"cross_levels={net.cross_levels} needs token_dim=..., the width of the tokens, got None.")
 
 
 def _check_heads(net: UNet) -> None:
