@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.nets import ops
+from jaxdiff.nets import ops, winograd
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 3e-2}
 
@@ -136,3 +136,57 @@ def test_upsample_conv_is_repeat_then_conv(dtype, size):
     with jax.enable_x64(dtype == "float64"):
         args = draw(dtype, (2, *size, 5), (3, 3, 5, 4), (4,))
         assert_same(ops.upsample_conv, naive_upsample_conv, args, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+@pytest.mark.parametrize(("size", "channels"), [((8, 8), (32, 48)), ((12, 8), (40, 32))])
+def test_winograd_is_the_sum_over_taps(dtype, tolerance, size, channels):
+    def fast(x, kernel):
+        y, pull = winograd.conv(x, kernel), lambda dy: winograd.conv_vjp(x, kernel, dy)
+        return y, *pull(y)
+
+    def naive(x, kernel):
+        y, pull = jax.vjp(lambda x, k: naive_conv(x, k, jnp.zeros(channels[1], x.dtype)), x, kernel)
+        return y, *pull(y)
+
+    with jax.enable_x64(dtype == "float64"):
+        args = draw(dtype, (2, *size, channels[0]), (3, 3, *channels))
+        for got, want in zip(jax.jit(fast)(*args), jax.jit(naive)(*args), strict=True):
+            assert got.dtype == args[0].dtype
+            assert np.abs(got - want).max() <= tolerance * np.abs(want).max()
+
+
+def test_conv_takes_winograd_on_a_cpu_and_keeps_its_derivative():
+    args = draw("float32", (2, 8, 8, 32), (3, 3, 32, 32), (32,))
+    assert winograd.fits(*args[:2])
+    assert_same(ops.conv, naive_conv, args, 1e-5)
+    if jax.default_backend() == "cpu":
+        trace = jax.jit(jax.grad(lambda x, k: ops.conv(x, k).sum(), (0, 1))).trace(*args[:2])
+        assert "stablehlo.convolution" not in trace.lower().as_text()
+        assert "stablehlo.convolution" in trace.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("x", "kernel", "dtype"),
+    [
+        ((2, 8, 8, 32), (3, 3, 32, 32), "bfloat16"),
+        ((2, 8, 8, 32), (1, 1, 32, 32), "float32"),
+        ((2, 8, 10, 32), (3, 3, 32, 32), "float32"),
+        ((2, 4, 4, 32), (3, 3, 32, 32), "float32"),
+        ((2, 8, 8, 3), (3, 3, 3, 32), "float32"),
+    ],
+)
+def test_winograd_leaves_other_convolutions_alone(x, kernel, dtype):
+    assert not winograd.fits(*draw(dtype, x, kernel))
+
+
+def test_group_norm_has_a_second_derivative_by_reverse_mode():
+    x, scale, bias = draw("float32", (2, 3, 3, 8), (8,), (8,))
+
+    def slope(norm):
+        value = jax.grad(lambda x: jnp.square(norm(x)).sum())
+        return jax.jit(jax.grad(lambda x: jnp.square(value(x)).sum()))(x)
+
+    got = slope(lambda x: ops.group_norm(x, scale, bias, 2, silu=True))
+    want = slope(lambda x: naive_group_norm(x, scale, bias, 2, True))
+    np.testing.assert_allclose(got, want, atol=1e-4 * float(np.abs(want).max()))

@@ -16,18 +16,44 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxdiff.errors import ConfigError
+from jaxdiff.nets import winograd
 from jaxdiff.types import Array
 
 
 def conv(x: Array, kernel: Array, bias: Array | None = None, *, stride: int = 1, padding="SAME") -> Array:
     """Two-dimensional convolution of `x` (b, h, w, c_in) with `kernel` (kh, kw, c_in, c_out); returns x.dtype.
 
-    `padding` is "SAME", "VALID" or ((top, bottom), (left, right)). The kernel and the bias are cast to x.dtype.
+    `padding` is "SAME", "VALID" or ((top, bottom), (left, right)). Kernel and bias are cast to x.dtype. On a CPU
+    the float32 3 x 3 convolutions of `winograd.fits` are done by `winograd.conv` (error 3e-6 of the largest output);
+    these have no forward mode (jvp), being a custom_vjp.
     """
-    y = lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+    kernel = kernel.astype(x.dtype)
+    if stride == 1 and padding == "SAME" and jax.default_backend() == "cpu" and winograd.fits(x, kernel):
+        y = _conv_3x3(x, kernel)
+    else:
+        y = _direct(x, kernel, stride, padding)
     return y if bias is None else y + bias.astype(y.dtype).reshape(1, 1, 1, -1)
+
+
+def _direct(x: Array, kernel: Array, stride: int = 1, padding="SAME") -> Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _direct_vjp(x: Array, kernel: Array, dy: Array) -> tuple[Array, Array]:
+    return jax.vjp(_direct, x, kernel)[1](dy)
+
+
+# Chosen again when lowered, so that what is exported from a CPU for other platforms has their own convolution.
+@jax.custom_vjp
+def _conv_3x3(x: Array, kernel: Array) -> Array:
+    return lax.platform_dependent(x, kernel, cpu=winograd.conv, default=_direct)
+
+
+def _conv_3x3_backward(saved, dy):
+    return lax.platform_dependent(*saved, dy, cpu=winograd.conv_vjp, default=_direct_vjp)
+
+
+_conv_3x3.defvjp(lambda x, kernel: (_conv_3x3(x, kernel), (x, kernel)), _conv_3x3_backward)
 
 
 def upsample_conv(x: Array, kernel: Array, bias: Array | None = None) -> Array:
