@@ -8,6 +8,8 @@ start at t = 1 (but `leading` respacing) and end at t = 0. With rho = sigma / al
     karras         rho_n = (rho_max^(1/7) + n / (N - 1) (rho_min^(1/7) - rho_max^(1/7)))^7,   then 0
     exponential    log rho_n uniform from rho_max to rho_min in N points,                     then 0
     log_snr        log rho_n uniform from rho_max to rho_min in N + 1 points, the last of which is moved to t = 0
+
+A schedule whose sigma(0) is not 0 (VE) has no step to 0: its grids end at sigma(0), and so much noise is left in x.
 """
 
 from collections.abc import Callable

@@ -166,7 +166,11 @@ ALL: dict[str, Callable[[Schedule], Solver]] = {
 """Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""
 
 ORDER: dict[str, int] = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
-"""The order of convergence of the deterministic ones; a solver of `ALL` that is not here is stochastic."""
+"""The order of convergence of the deterministic ones; a solver of `ALL` that is not here is stochastic.
+
+It holds where sigma and alpha are smooth in the grid. Where sigma starts like sqrt(t) (VP, cosine, DDPM's tables), a
+grid uniform in t down to t = 0 lowers order 2 towards 1 in its last steps: use `log_snr_grid` or `karras_grid` there.
+"""
 
 
 def _no_memory(x: Array) -> PyTree:

@@ -38,6 +38,20 @@ def test_seed_seven_is_the_same_picture_in_any_batch_and_place(name):
     assert np.abs(seeds_to_images([8, 1, 2], solve, times)[0] - alone).max() > 0.01
 
 
+def test_eight_devices_are_one_device_and_report_once():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    keys, x = jax.random.split(jax.random.key(0), 16), process.prior(jax.random.key(1), USED, (16, 3))
+    times, solve, heard = sample.uniform_grid(USED, 3), solver.ALL["heun_churn"](USED), []
+    tell = lambda done, total: heard.append((done, total))  # noqa: E731
+    run = jax.jit(lambda k, x: sample.sample(k, DATA.denoise, x, times, solve, callback=tell))
+    spread = run(jax.device_put(keys, rows), jax.device_put(x, rows))
+    jax.effects_barrier()
+    assert heard == [(1, 3), (2, 3), (3, 3)]
+    assert spread.sharding.is_equivalent_to(rows, 2)
+    np.testing.assert_allclose(spread, run(keys, x), rtol=1e-5, atol=1e-6)
+
+
 def test_one_key_gives_example_i_the_key_folded_with_i():
     key, x = jax.random.key(5), process.prior(jax.random.key(0), USED, (3, 2))
     times, solve = sample.uniform_grid(USED, 3), solver.ddpm(USED)
