@@ -59,6 +59,7 @@ def pin(t: Array, value: Array, start: float, end: float) -> Array:
 
 
 def require(ok: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `ok`."""
     if not ok:
         raise ConfigError(message)
 

@@ -16,16 +16,19 @@ HERE = Path(__file__).parent
 
 
 def shrink(path: Path) -> Image.Image:
+    """One picture on white, 32 x 32."""
     picture = Image.open(path).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def caption(name: str) -> str:
+    """A name in lower case with plain quotes."""
     return name.lower().translate(str.maketrans("’“”", '\'""'))
 
 
 def main(folder: Path) -> None:
+    """Write both files beside this one."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["style"] == "noto"]
     sheet = Image.new("RGB", (COLUMNS * SIZE, -(-len(rows) // COLUMNS) * SIZE), "white")
