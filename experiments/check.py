@@ -3,9 +3,9 @@
 import math
 
 import jax
-from ml_collections import ConfigDict
 
 from experiments import cli
+from experiments.configs import Config
 from jaxdiff import train
 from jaxdiff.errors import ConfigError
 
@@ -35,7 +35,7 @@ LEAST = {
 }
 
 
-def config(config: ConfigDict) -> None:
+def config(config: Config) -> None:
     """Raise ConfigError for the first setting out of its range; names are checked where they are used."""
     flat = cli.flatten(config)
     for key, value in flat.items():
@@ -54,14 +54,14 @@ def config(config: ConfigDict) -> None:
         raise ConfigError(f"train.batch_size must be a multiple of train.accumulate={parts}, got {size}.")
 
 
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
+def mesh(config: Config) -> jax.sharding.Mesh:
     """The device mesh of the config; ConfigError where the batch does not divide over it."""
     made = train.mesh.make(config.mesh.data, config.mesh.fsdp)
     train.mesh.check_batch_size(made, config.train.batch_size // config.train.accumulate)
     return made
 
 
-def steps_per_call(config: ConfigDict) -> int:
+def steps_per_call(config: Config) -> int:
     """The largest number up to train.steps_per_call that divides every interval.
 
     Calls then begin at the same steps in every run, whole or resumed, so a resumed run computes the same bits.

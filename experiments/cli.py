@@ -23,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import experiments.configs
+from experiments.configs import Config
 from jaxdiff.errors import ConfigError, JaxdiffError
 
 
@@ -70,7 +71,7 @@ def config_names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(experiments.configs.__path__) if not m.name.startswith("_"))
 
 
-def load_config(name: str) -> ConfigDict:
+def load_config(name: str) -> Config:
     """The config of a bare name or of a path to a .py file with a function get_config()."""
     if name in config_names():
         return importlib.import_module(f"experiments.configs.{name}").get_config()
@@ -88,7 +89,7 @@ def load_config(name: str) -> ConfigDict:
     return module.get_config()
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """{'train': {'steps': 1}} -> {'train.steps': 1}."""
     flat = {}
     for key, value in config.items():
@@ -97,7 +98,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def override(config: ConfigDict, key: str, text: str) -> None:
+def override(config: Config, key: str, text: str) -> None:
     """Set one field, e.g. ('train.steps', '100'), read as the type that the field has."""
     flat = flatten(config)
     if key not in flat:
@@ -131,7 +132,7 @@ def _typed(key: str, text: str, default: Any) -> Any:
         raise ConfigError(message) from error
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[ConfigDict, argparse.Namespace]:
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Config, argparse.Namespace]:
     """Read `argv`: the parser's own options (among them --config), and --config.KEY=VALUE overrides."""
     overrides, rest = [], []
     queue = list(argv)

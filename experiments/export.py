@@ -12,6 +12,7 @@ The batch size is fixed by --batch; the parameters are arguments and not constan
 """
 
 import argparse
+import importlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,10 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments import cli, trained
 from experiments import model as models
+from experiments.configs import Config
 from experiments.sample import settings
 from jaxdiff.errors import CheckpointError, ConfigError
 
@@ -67,7 +68,7 @@ CONDITIONS = {
 }
 
 
-def program(run: trained.Trained, chosen: ConfigDict) -> tuple[Callable[..., jax.Array], list[Any]]:
+def program(run: trained.Trained, chosen: Config) -> tuple[Callable[..., jax.Array], list[Any]]:
     """`call(leaves, seeds, *conditions)`, and the leaves of the parameters it wants."""
     sample = models.sampler(run.model, chosen)
     leaves, tree = jax.tree.flatten(run.params)
@@ -80,10 +81,10 @@ def program(run: trained.Trained, chosen: ConfigDict) -> tuple[Callable[..., jax
     return call, leaves
 
 
-def export(run: trained.Trained, chosen: ConfigDict, directory: Path, batch: int) -> None:
+def export(run: trained.Trained, chosen: Config, directory: Path, batch: int) -> None:
     """Write the files. Raises ConfigError when jax.export's serializer is not installed."""
     try:
-        import flatbuffers  # noqa: F401  (jax.export needs it to write, and does not declare it)
+        importlib.import_module("flatbuffers")  # jax.export needs it to write, and does not declare it
     except ImportError as error:
         raise ConfigError(
             "writing an exported program needs flatbuffers. Type: pip install 'jaxdiff[export]'."
@@ -92,11 +93,12 @@ def export(run: trained.Trained, chosen: ConfigDict, directory: Path, batch: int
     conditions = [*run.model.null(batch).values()] * 2
     exported = jax.export.export(jax.jit(call), platforms=PLATFORMS)(leaves, jnp.zeros(batch, jnp.uint32), *conditions)
     (directory / "sampler.jax").write_bytes(exported.serialize())
-    np.savez(directory / "params.npz", **{f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)})
+    arrays: dict[str, Any] = {f"{i:05d}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    np.savez(directory / "params.npz", **arrays)
     (directory / "README.md").write_text(_readme(run, chosen, batch, leaves), encoding="utf-8")
 
 
-def _readme(run: trained.Trained, chosen: ConfigDict, batch: int, leaves: list[Any]) -> str:
+def _readme(run: trained.Trained, chosen: Config, batch: int, leaves: list[Any]) -> str:
     arguments, condition = CONDITIONS[run.model.condition]
     return README.format(
         data=run.info["name"],

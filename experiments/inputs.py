@@ -3,14 +3,14 @@
 from typing import Any
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments import cli
+from experiments.configs import Config
 from jaxdiff import data
 from jaxdiff.errors import ConfigError, DataError
 
 
-def _folder(c: ConfigDict) -> data.Dataset:
+def _folder(c: Config) -> data.Dataset:
     if not c.path:
         raise ConfigError("config folder needs a directory of pictures. Type --config.data.path=DIR.")
     return data.folder(c.path, size=c.size)
@@ -24,7 +24,7 @@ SOURCES = {
 }
 
 
-def load(config: ConfigDict) -> data.Dataset:
+def load(config: Config) -> data.Dataset:
     """The data set of `config`. Raises DataError when it is missing or not what the config says."""
     if config.data.name not in SOURCES:
         raise cli.unknown("data.name", config.data.name, SOURCES)

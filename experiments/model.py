@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from ml_collections import ConfigDict
 
 from experiments import cli
+from experiments.configs import Config
 from jaxdiff import data, denoise, guide, loss, nets, process, sample, schedule, solver, target, text, train
 from jaxdiff.errors import ConfigError
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Target
@@ -87,8 +87,8 @@ CONDITIONS = ("none", "label", "caption")
 class Model:
     """A network, its text encoder where it has one, and the diffusion it is trained for."""
 
-    net: nn.Module
-    encoder: nn.Module | None
+    net: Any
+    encoder: Any
     tokenizer: Any
     schedule: Schedule
     target: Target
@@ -124,7 +124,6 @@ class Model:
     def embed(self, params: PyTree, cond: dict[str, Array]) -> dict[str, Array]:
         """What the network is given for a condition; the text encoder runs here, once for a whole sampling run."""
         if self.condition == "caption":
-            assert self.encoder is not None
             tokens, mask, pooled = self.encoder.apply(params["text"], cond["ids"])
             return {"tokens": tokens, "token_mask": mask, "vector": pooled}
         return {"labels": cond["label"]} if self.condition == "label" else {}
@@ -165,19 +164,19 @@ class Model:
         return guide.cfg_batched(lambda x, t, given: self.denoise(params, x, t, given), inputs, empty, scale)
 
 
-def tokenizer_for(config: ConfigDict, captions: Sequence[str] | None) -> Any:
+def tokenizer_for(config: Config, captions: Sequence[str] | None) -> Any:
     """A tokenizer trained on the captions, or None when the config does not condition on them."""
     if config.condition != "caption":
         return None
     return text.train(captions or (), vocab_size=config.text.vocab_size)
 
 
-def load_tokenizer(config: ConfigDict, workdir: Path) -> Any:
+def load_tokenizer(config: Config, workdir: Path) -> Any:
     """The tokenizer of a trained run, or None where it has no captions."""
     return text.load(workdir / "tokenizer.json") if config.condition == "caption" else None
 
 
-def build(config: ConfigDict, info: dict[str, Any], tokenizer: Any) -> Model:
+def build(config: Config, info: dict[str, Any], tokenizer: Any) -> Model:
     """The model of `config` for data described by `info` (see inputs.describe). Raises ConfigError for bad names."""
     if config.condition not in CONDITIONS:
         raise cli.unknown("condition", config.condition, CONDITIONS)
@@ -203,7 +202,7 @@ def build(config: ConfigDict, info: dict[str, Any], tokenizer: Any) -> Model:
     )
 
 
-def _net(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+def _net(config: Config, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     options = dict(config.net)
     name = options.pop("name")
     if name not in NETS:
@@ -223,14 +222,14 @@ def _net(config: ConfigDict, shape: tuple[int, ...], num_classes: int) -> nn.Mod
     return NETS[name](**options, **{k: v for k, v in given.items() if k in accepted})
 
 
-def _encoder(config: ConfigDict, tokenizer: Any) -> nn.Module | None:
+def _encoder(config: Config, tokenizer: Any) -> nn.Module | None:
     if config.condition != "caption":
         return None
     c = config.text
     return text.TextEncoder(tokenizer.vocab_size, dim=c.dim, depth=c.depth, heads=c.heads, max_len=c.max_len)
 
 
-def optimizer(config: ConfigDict) -> Any:
+def optimizer(config: Config) -> Any:
     """Adam as the config says."""
     c = config.optimizer
     return train.adam(
@@ -239,19 +238,19 @@ def optimizer(config: ConfigDict) -> Any:
     )  # fmt: skip
 
 
-def averages(config: ConfigDict) -> dict[str, Callable]:
+def averages(config: Config) -> dict[str, Callable]:
     """The averages of the parameters that training keeps: one, named 'ema'."""
     return {"ema": cli.call("train.ema", config.train.ema, EMAS, batch_size=config.train.batch_size)}
 
 
-def carry(model: Model, config: ConfigDict, key: Key) -> dict[str, Any]:
+def carry(model: Model, config: Config, key: Key) -> dict[str, Any]:
     """What a checkpoint holds: the training state, and the sums that the next line of the log will average."""
     state = train.create_state(model.init(key), optimizer(config), ema=averages(config))
     sums = {"loss": (), "grad_norm": (), "bucket_sum": (BUCKETS["count"],), "bucket_count": (BUCKETS["count"],)}
     return {"state": state, "window": {k: jnp.zeros(v) for k, v in sums.items()} | {"steps": jnp.zeros(())}}
 
 
-def sampler(model: Model, settings: ConfigDict) -> Callable[..., Array]:
+def sampler(model: Model, settings: Config) -> Callable[..., Array]:
     """`sample(params, keys, cond, null) -> x0`: one example per key and per row of `cond`; jit it.
 
     `null` is the other side of guidance: the empty condition, or a negative prompt. Each example is a function of its

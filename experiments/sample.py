@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import cli, pictures, trained
+from experiments.configs import Config
 from experiments.train import use_compile_cache
 from jaxdiff import data
 from jaxdiff.errors import ConfigError, DataError
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings(args: argparse.Namespace, config: ConfigDict) -> ConfigDict:
+def settings(args: argparse.Namespace, config: Config) -> Config:
     """The sampling settings of the run, with those of the command line put over them."""
     for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
         value = getattr(args, name)
@@ -119,7 +120,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def write(args, loaded: trained.Trained, chosen: ConfigDict, x0, words: list[str | int], seeds: list[int]) -> None:
+def write(args, loaded: trained.Trained, chosen: Config, x0, words: list[str | int], seeds: list[int]) -> None:
     """Write the grid, and every picture where asked, with what made it inside the file."""
     common = {"negative": args.negative, "checkpoint": loaded.step, "data": loaded.info["name"]}
     common |= {name: chosen[name] for name in ("solver", "grid", "steps", "scale", "clip")}

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from experiments import check, cli, inputs, pictures, workdir
 from experiments import model as models
+from experiments.configs import Config
 from jaxdiff import data, train
 from jaxdiff.train import checkpoint
 
@@ -48,7 +48,7 @@ class Stop:
 class Job:
     """Everything of one run that is built before its first step; nothing here has compiled or written yet."""
 
-    def __init__(self, config: ConfigDict, directory: Path):
+    def __init__(self, config: Config, directory: Path):
         check.config(config)
         self.config, self.directory = config, directory
         self.mesh = check.mesh(config)
@@ -236,7 +236,7 @@ def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
 
 def use_compile_cache() -> None:
     """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxdiff: a restart is fast."""
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxdiff" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 

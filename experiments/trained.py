@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments import model as models
 from experiments import workdir
+from experiments.configs import Config
 from jaxdiff.errors import ConfigError
 from jaxdiff.train import checkpoint
 from jaxdiff.types import Array, PyTree
@@ -23,7 +23,7 @@ class Trained:
 
     model: models.Model
     params: PyTree
-    config: ConfigDict
+    config: Config
     info: dict[str, Any]
     step: int
 
@@ -47,7 +47,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def draw(
-    run: Trained, settings: ConfigDict, cond: dict[str, Array], null: dict[str, Array], seeds: Sequence[int], batch: int
+    run: Trained, settings: Config, cond: dict[str, Array], null: dict[str, Array], seeds: Sequence[int], batch: int
 ) -> np.ndarray:
     """Samples (n, ...) in [-1, 1], one per seed and row of `cond` and `null`, `batch` at a time.
 

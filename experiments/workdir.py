@@ -21,6 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from experiments import cli
+from experiments.configs import Config
 from jaxdiff.errors import CheckpointError, ConfigError
 
 # Settings that do not change what is learned up to a step: a run may be resumed with others.
@@ -51,7 +52,7 @@ def versions() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": packages, "devices": devices, "command": sys.argv}
 
 
-def check(workdir: Path, config: ConfigDict, *, bytes_needed: int) -> None:
+def check(workdir: Path, config: Config, *, bytes_needed: int) -> None:
     """Raise before anything is written: the directory must be writable, have room, and not hold another run.
 
     Raises CheckpointError for a directory that cannot be used, ConfigError for one made with another config.
@@ -87,7 +88,7 @@ def _try_to_write(workdir: Path, parent: Path) -> None:
         ) from error
 
 
-def _check_same(workdir: Path, config: ConfigDict) -> None:
+def _check_same(workdir: Path, config: Config) -> None:
     old, new = cli.flatten(load_json(workdir / "config.json")), cli.flatten(json.loads(config.to_json()))
     free = FREE if config.optimizer.decay == "cosine" else (*FREE, "train.steps")  # cosine decay ends at the last step
     changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(free)]
@@ -108,7 +109,7 @@ def load_json(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another --workdir.") from error
 
 
-def load(workdir: Path) -> tuple[ConfigDict, dict[str, Any]]:
+def load(workdir: Path) -> tuple[Config, dict[str, Any]]:
     """The config and the data description of a trained run.
 
     Raises CheckpointError when `workdir` holds no run.

@@ -16,7 +16,6 @@ from PIL import Image
 
 from experiments import evaluate, inputs, sample, trained, workdir
 from experiments import export as exporting
-from experiments import model as models
 from experiments import train as job
 from jaxdiff import data
 from jaxdiff.errors import CheckpointError, ConfigError
@@ -60,12 +59,12 @@ def assert_same_run(one: Path, other: Path):
 
 def test_thirty_steps_on_the_embedded_default_lower_the_loss(emoji):
     run = trained.load(emoji)
-    state = models.carry(run.model, run.config, jax.random.split(jax.random.key(run.config.seed))[0])["state"]
+    first = jax.jit(run.model.init)(jax.random.split(jax.random.key(run.config.seed))[0])
     dataset = inputs.load(run.config)
     rows = inputs.arrays(dataset, "caption", run.model.tokenizer, run.model.max_len)
-    batch = {name: jnp.asarray(row[:256]) for name, row in rows.items()}
+    batch = {name: jnp.asarray(row[:64]) for name, row in rows.items()}
     loss = jax.jit(lambda params: run.model.loss(params, jax.random.key(1), batch)[0].mean())
-    before, after = float(loss(state.params)), float(loss(run.params))
+    before, after = float(loss(first)), float(loss(run.params))
     assert after < 0.9 * before, (before, after)
 
 

@@ -2,8 +2,10 @@
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 
-def base() -> ConfigDict:
+
+def base() -> Config:
     """The settings that all configs share; `net` is filled by each config with its network's own options."""
     return ConfigDict(
         {

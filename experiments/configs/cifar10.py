@@ -10,10 +10,11 @@ Data: tensorflow-datasets' cifar10, prepared once as array_record (no TensorFlow
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 from experiments.configs._base import base
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = base()
     c.data.name = "tfds"
     c.data.tfds = "cifar10"

@@ -9,10 +9,11 @@ Left out: EDM's augmentation pipe and its 9 labels; left-right flips stand in fo
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 from experiments.configs._base import base
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = base()
     c.data.name = "tfds"
     c.data.tfds = "cifar10"

@@ -9,10 +9,11 @@ Expect: recognisable emoji of the training set; the prompt decides colour, shape
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 from experiments.configs._base import base
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = base()
     c.data.name = "emoji"
     c.condition = "caption"

@@ -9,10 +9,11 @@ Expect: a few thousand pictures give plausible samples after some 20,000 steps; 
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 from experiments.configs._base import base
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = base()
     c.data.name = "folder"
     c.data.flip = True

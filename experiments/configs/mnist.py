@@ -9,10 +9,11 @@ Expect: clean digits of the class that is asked for after 1,000 steps.
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 from experiments.configs._base import base
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = base()
     c.data.name = "tfds"
     c.data.tfds = "mnist"

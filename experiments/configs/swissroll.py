@@ -8,10 +8,11 @@ Expect: the dots of the last picture in runs/swissroll/samples lie on the spiral
 
 from ml_collections import ConfigDict
 
+from experiments.configs import Config
 from experiments.configs._base import base
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     c = base()
     c.data.name = "swissroll"
     c.net = ConfigDict({"name": "mlp", "width": 128, "depth": 3})
