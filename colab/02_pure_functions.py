@@ -378,7 +378,7 @@ def steer(denoise, log_r, schedule):
 # Because what comes out is a denoiser again, guidances compose. Two things need care where the noise is high: at
 # $t = 1$ the factor $\sigma^2 / \alpha$ is infinite, and $D$, a mean over much of the data, says little about $r$. So
 # we steer only where $\sigma / \alpha \le 1$, with jaxdiff's own `interval`, and keep the plain denoiser elsewhere. The
-# approximation has a limit, too: write 0.02 for 0.1 below, and a wish that narrow throws samples off the spiral.
+# approximation has a limit, too: write 0.02 for 0.1 below, and for a wish that narrow the samples diverge.
 
 # %%
 wishes = {
