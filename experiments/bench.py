@@ -51,7 +51,7 @@ def jax_trainer(net: unet.UNet, params: Any, data: tuple) -> tuple[Callable, Cal
     """(predict, step, seconds to compile the step), with the state of the step held inside."""
     optimizer = optax.adam(1e-4)
 
-    def apply(params: Any, x: jax.Array, t: jax.Array) -> jax.Array:
+    def apply(params: Any, x: jax.Array, t: jax.Array) -> Any:
         return net.apply({"params": params}, x, t)
 
     def update(params: Any, state: Any, x: jax.Array, t: jax.Array, noise: jax.Array) -> tuple[Any, Any, jax.Array]:

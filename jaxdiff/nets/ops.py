@@ -9,8 +9,6 @@ f is the identity or SiLU. `group_norm` has its own derivative: with g = dy f'(u
     dx = r_g (g scale - mean(g scale) - xhat mean(g scale xhat)),   dscale = sum g xhat,   dbias = sum g
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -75,8 +73,10 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, *, silu: bool =
     if groups < 1 or channels % groups:
         raise ConfigError(f"groups must divide the {channels} channels, got {groups}. Use a divisor of {channels}.")
     wide = x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
-    rows = (jnp.broadcast_to(a.astype(wide).reshape(-1, 1, channels), (x.shape[0], 1, channels)) for a in (scale, bias))
-    return _norm(x.reshape(x.shape[0], -1, channels), *rows, groups, silu, eps).reshape(x.shape)
+    shape = (x.shape[0], 1, channels)
+    scale = jnp.broadcast_to(scale.astype(wide).reshape(-1, 1, channels), shape)
+    bias = jnp.broadcast_to(bias.astype(wide).reshape(-1, 1, channels), shape)
+    return _norm(x.reshape(x.shape[0], -1, channels), scale, bias, groups, silu, eps).reshape(x.shape)
 
 
 def _over_groups(per_channel: Array, groups: int) -> Array:
@@ -99,8 +99,7 @@ def _statistics(x: Array, groups: int, eps: float) -> tuple[Array, Array]:
     return mean, lax.rsqrt(jnp.maximum(_over_groups(variance + between, groups), 0) + eps)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _norm(x: Array, scale: Array, bias: Array, groups: int, silu: bool, eps: float) -> Array:
+def _norm_value(x: Array, scale: Array, bias: Array, groups: int, silu: bool, eps: float) -> Array:
     return _norm_forward(x, scale, bias, groups, silu, eps)[0]
 
 
@@ -126,4 +125,5 @@ def _norm_backward(groups, silu, eps, saved, dy):
     return dx.astype(x.dtype), sum_gx, sum_g
 
 
+_norm = jax.custom_vjp(_norm_value, nondiff_argnums=(3, 4, 5))
 _norm.defvjp(_norm_forward, _norm_backward)
