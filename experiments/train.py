@@ -154,18 +154,22 @@ def _hint(job: Job) -> str:
     return {"caption": ' --prompt "..."', "label": " --label 0"}.get(job.config.condition, "")
 
 
-def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop) -> int:
-    c, k = job.config.train, job.steps_per_call
-    step = train.make_step(
+def _make_step(job: Job) -> Any:
+    return train.make_step(
         job.model.loss,
         models.optimizer(job.config),
         key=job.key_train,
         ema=models.averages(job.config),
-        accumulate=c.accumulate,
-        steps_per_call=k,
+        accumulate=job.config.train.accumulate,
+        steps_per_call=job.steps_per_call,
         summary=train.logsnr_buckets(**models.BUCKETS),
         mesh=job.mesh,
     )
+
+
+def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop) -> int:
+    c, k = job.config.train, job.steps_per_call
+    step = _make_step(job)
     rows = jax.device_put(job.rows, train.mesh.replicated(job.mesh))
     draw = jax.jit(job.sampler)
     bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
