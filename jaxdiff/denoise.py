@@ -6,7 +6,7 @@ EDM's preconditioning (Karras et al. 2022, eq. 7): target = edm(sd), time_input 
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 
@@ -27,6 +27,17 @@ class LearnedRange(NamedTuple):
 
     x0: Array
     fraction: Array
+
+
+def estimate(answer: Any) -> Array:
+    """The x0 of a denoiser's answer, an array or a `LearnedRange`."""
+    return answer.x0 if isinstance(answer, LearnedRange) else answer
+
+
+def map_x0(function: Callable[..., Array], *answers: Any) -> Any:
+    """`function` of the x0 of denoisers' answers; a learned variance stays that of the first of them."""
+    x0 = function(*map(estimate, answers))
+    return LearnedRange(x0, answers[0].fraction) if isinstance(answers[0], LearnedRange) else x0
 
 
 def time_t(schedule: Schedule, t: Array) -> Array:

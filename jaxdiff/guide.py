@@ -6,7 +6,12 @@
     threshold      D = clip(D_0, -1, 1), or clip(D_0, -q, q) / q with q = max(quantile(|D_0|), 1)
     classifier     D = D_0 + w sigma^2 / alpha grad_x log p(y | x_t)          (Tweedie's formula for the tilted density)
 
-Statistics are taken per example: nothing here lets one row of a batch change another.
+Statistics are taken per example: nothing here lets one row of a batch change another. Where a denoiser returns a
+`denoise.LearnedRange`, its x0 is guided and its variance stays: in `cfg` that of cond (as in GLIDE and DiT).
+
+    >>> guided = cfg(lambda x, t: x + 1, lambda x, t: x, 4.0)
+    >>> threshold_static(guided, 3.0)(jnp.float32([[0.0], [-2.0]]), jnp.float32(0.5)).tolist()
+    [[3.0], [2.0]]
 """
 
 from collections.abc import Callable
@@ -18,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxdiff.denoise import map_x0
 from jaxdiff.errors import ConfigError
 from jaxdiff.schedule import as_float, expand
 from jaxdiff.types import Array, Denoiser, PyTree, Schedule
@@ -39,7 +45,7 @@ def cfg(cond: Denoiser, uncond: Denoiser, scale: Any, *, phi: float = 0.0) -> De
 
 
 def cfg_batched(
-    denoise_with_cond: Callable[[Array, Array, PyTree], Array],
+    denoise_with_cond: Callable[[Array, Array, PyTree], Any],
     cond: PyTree,
     null_cond: PyTree,
     scale: Any,
@@ -60,8 +66,8 @@ def cfg_batched(
     def guided(x: Array, t: Array) -> Array:
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null_cond)
         out = denoise_with_cond(jnp.concatenate([x, x]), t if jnp.ndim(t) == 0 else jnp.concatenate([t, t]), both)
-        x0_c, x0_u = jnp.split(out, 2)
-        return _combine(x0_c, x0_u, scale, phi)
+        b = x.shape[0]
+        return _combine(jax.tree.map(lambda u: u[:b], out), jax.tree.map(lambda u: u[b:], out), scale, phi)
 
     return guided
 
@@ -89,7 +95,8 @@ def interval(guided: Denoiser, plain: Denoiser, schedule: Schedule, *, sigma: tu
         inside = (logsnr >= float(logsnr_low)) & (logsnr < float(logsnr_high))
         if inside.ndim == 0:
             return jax.lax.cond(inside, guided, plain, x, t)
-        return jnp.where(expand(inside, x) > 0, guided(x, t), plain(x, t))
+        chosen = expand(inside, x) > 0
+        return jax.tree.map(lambda yes, no: jnp.where(chosen, yes, no), guided(x, t), plain(x, t))
 
     return limited
 
@@ -100,13 +107,13 @@ def rescale(guided: Denoiser, cond: Denoiser, phi: float = 0.7) -> Denoiser:
     Runs both; `cfg(..., phi=)` does the same without a second run. Raises ConfigError unless 0 <= phi <= 1.
     """
     _check_phi(phi)
-    return lambda x, t: _rescale(guided(x, t), cond(x, t), phi)
+    return lambda x, t: map_x0(lambda x0, x0_cond: _rescale(x0, x0_cond, phi), guided(x, t), cond(x, t))
 
 
 def threshold_static(denoise: Denoiser, limit: float = 1.0) -> Denoiser:
     """Clip x0 to [-limit, limit]. Raises ConfigError unless limit > 0."""
     _check_limit(limit)
-    return lambda x, t: jnp.clip(denoise(x, t), -limit, limit)
+    return lambda x, t: map_x0(lambda x0: jnp.clip(x0, -limit, limit), denoise(x, t))
 
 
 def threshold_dynamic(denoise: Denoiser, quantile: float = 0.995, limit: float = 1.0) -> Denoiser:
@@ -118,13 +125,12 @@ def threshold_dynamic(denoise: Denoiser, quantile: float = 0.995, limit: float =
     if not 0 < quantile <= 1:
         raise ConfigError(f"quantile must lie in (0, 1], got {quantile}. Imagen uses 0.995.")
 
-    def thresholded(x: Array, t: Array) -> Array:
-        x0 = denoise(x, t)
+    def threshold(x0: Array) -> Array:
         rows = as_float(jnp.abs(x0)).reshape(x0.shape[0], -1)
         q = expand(jnp.maximum(jnp.quantile(rows, quantile, axis=1), limit), x0).astype(x0.dtype)
         return jnp.clip(x0, -q, q) * (limit / q)
 
-    return thresholded
+    return lambda x, t: map_x0(threshold, denoise(x, t))
 
 
 def classifier(
@@ -143,14 +149,18 @@ def classifier(
         gradient = jax.grad(lambda x: jnp.sum(log_prob(x, t)))(x)
         alpha, sigma = schedule.alpha(jnp.asarray(t)), schedule.sigma(jnp.asarray(t))
         shift = jnp.where(alpha > 0, sigma**2 / jnp.where(alpha > 0, alpha, 1.0), 0.0)
-        return denoise(x, t) + (_column(scale, x) * expand(shift, x) * gradient).astype(x.dtype)
+        moved = (_column(scale, x) * expand(shift, x) * gradient).astype(x.dtype)
+        return map_x0(lambda x0: x0 + moved, denoise(x, t))
 
     return guided
 
 
-def _combine(x0_c: Array, x0_u: Array, scale: Any, phi: float) -> Array:
-    x0 = (x0_u + _column(scale, x0_c) * (x0_c - x0_u)).astype(x0_c.dtype)
-    return x0 if phi == 0 else _rescale(x0, x0_c, phi)
+def _combine(cond: Any, uncond: Any, scale: Any, phi: float) -> Any:
+    def combine(x0_c: Array, x0_u: Array) -> Array:
+        x0 = (x0_u + _column(scale, x0_c) * (x0_c - x0_u)).astype(x0_c.dtype)
+        return x0 if phi == 0 else _rescale(x0, x0_c, phi)
+
+    return map_x0(combine, cond, uncond)
 
 
 def _rescale(x0: Array, x0_cond: Array, phi: float) -> Array:

@@ -10,6 +10,16 @@ start at t = 1 (but `leading` respacing) and end at t = 0. With rho = sigma / al
     log_snr        log rho_n uniform from rho_max to rho_min in N + 1 points, the last of which is moved to t = 0
 
 A schedule whose sigma(0) is not 0 (VE) has no step to 0: its grids end at sigma(0), and so much noise is left in x.
+
+    >>> import jaxdiff as jd
+    >>> flow = jd.schedule.rectified_flow()
+    >>> times = uniform_grid(flow, 4)
+    >>> times.tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
+    >>> noise = jd.process.prior(jax.random.key(0), flow, (2, 3))
+    >>> x0 = sample(jax.random.key(1), lambda x, t: jnp.full_like(x, 0.5), noise, times, jd.solver.ddim(flow))
+    >>> x0.tolist()  # all data of this denoiser are the point 0.5
+    [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
 """
 
 from collections.abc import Callable
@@ -22,6 +32,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxdiff import process
+from jaxdiff.denoise import LearnedRange
 from jaxdiff.errors import ConfigError
 from jaxdiff.schedule import as_float
 from jaxdiff.types import Array, Denoiser, Key, Schedule, Solver
@@ -59,13 +70,16 @@ def invert(denoise: Denoiser, x: Array, times: Any, solver: Solver, *, callback:
     return _run(jax.random.key(0), denoise, x, times, solver, -1, False, callback)
 
 
-def nfe(solver: Solver, times: Any) -> int:
-    """The number of function evaluations: the calls of the denoiser by `solver` over `times`, counted."""
+def nfe(solver: Solver, times: Any, *, learned_range: bool = False) -> int:
+    """The number of function evaluations: the calls of the denoiser by `solver` over `times`, counted.
+
+    `learned_range`: for a solver that needs a denoiser with a learned variance.
+    """
     calls = []
 
-    def count(x: Array, t: Array) -> Array:
+    def count(x: Array, t: Array) -> Any:
         jax.debug.callback(lambda: calls.append(1))
-        return x
+        return LearnedRange(x, jnp.zeros_like(x)) if learned_range else x
 
     jax.block_until_ready(sample(jax.random.key(0), count, jnp.zeros((1, 1), jnp.float32), times, solver))
     jax.effects_barrier()

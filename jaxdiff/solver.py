@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff import process
-from jaxdiff.denoise import LearnedRange
+from jaxdiff.denoise import LearnedRange, estimate
 from jaxdiff.errors import ConfigError
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver
 
@@ -146,7 +146,7 @@ def dpmpp_2m(schedule: Schedule) -> Solver:
         decay = sigma_s / schedule.sigma(t)
         h = (schedule.logsnr(s) - schedule.logsnr(t)) / 2
         weight = jnp.where((sigma_s > 0) & (h_prev > 0), h / (2 * jnp.where(h_prev > 0, h_prev, 1.0)), 0.0)
-        x0 = denoise(x, t)
+        x0 = estimate(denoise(x, t))
         x = decay * x + (alpha_s - schedule.alpha(t) * decay) * (x0 + weight * (x0 - x0_prev))
         return x, (x0, h)
 
@@ -179,7 +179,7 @@ def _no_memory(x: Array) -> PyTree:
 
 def _predict(schedule: Schedule, denoise: Denoiser, x: Array, t: Array) -> tuple[Array, Array]:
     """(x0, eps) at time t > 0."""
-    x0 = denoise(x, t)
+    x0 = estimate(denoise(x, t))
     sigma = schedule.sigma(t)
     return x0, (x - schedule.alpha(t) * x0) / jnp.where(sigma > 0, sigma, 1.0)
 

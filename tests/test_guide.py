@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxdiff import errors, guide, process, sample, schedule, solver
+from jaxdiff.denoise import LearnedRange
 from tests.oracles.gaussian import Gaussian, Mixture
 
 USED = schedule.cosine()
@@ -234,3 +235,41 @@ def test_unusable_scales_are_refused(scale):
 def test_other_unusable_settings_are_refused(call):
     with pytest.raises(errors.ConfigError):
         call()
+
+
+def learned(denoise, fraction):
+    return lambda x, t, *cond: LearnedRange(denoise(x, t, *cond), jnp.full_like(x, fraction))
+
+
+GOOD, BAD = learned(COND, 0.3), learned(UNCOND, 0.8)
+LEARNED = {
+    "cfg": guide.cfg(GOOD, BAD, 3.0),
+    "cfg_phi": guide.cfg(GOOD, BAD, 3.0, phi=0.7),
+    "cfg_batched": guide.cfg_batched(learned(batched, 0.3), shifts(0.3), shifts(0.0), 3.0),
+    "autoguidance": guide.autoguidance(GOOD, BAD, 2.0),
+    "interval": guide.interval(guide.cfg(GOOD, BAD, 3.0), GOOD, USED, sigma=(0.2, 5.0)),
+    "rescale": guide.rescale(guide.cfg(GOOD, BAD, 3.0), GOOD),
+    "static": guide.threshold_static(guide.cfg(GOOD, BAD, 3.0)),
+    "dynamic": guide.threshold_dynamic(guide.cfg(GOOD, BAD, 3.0), 0.9),
+    "classifier": guide.classifier(learned(UNCOND, 0.3), Gaussian(USED, 0.5, 0.25).log_prob, USED, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_a_learned_variance_passes_through_and_is_that_of_the_condition(name):
+    x = batch()
+    for t in (T, jnp.asarray([0.4, 0.01, 0.9])):
+        answer = LEARNED[name](x, t)
+        np.testing.assert_array_equal(answer.x0, GUIDED[name](x, t))
+        np.testing.assert_array_equal(answer.fraction, np.full(x.shape, np.float32(0.3)))
+
+
+def test_guided_sampling_with_a_learned_variance_of_fraction_zero_is_fixed_small():
+    x, times = batch(), sample.uniform_grid(USED, 3)
+    given = [guide.cfg(learned(COND, 0.0), BAD, 3.0), guide.cfg(COND, UNCOND, 3.0)]
+    made = [solver.ddpm(USED, variance="learned_range"), solver.ddpm(USED)]
+    out = [
+        sample.sample(jax.random.key(1), guide.threshold_static(d), x, times, m)
+        for d, m in zip(given, made, strict=True)
+    ]
+    np.testing.assert_allclose(out[0], out[1], rtol=1e-5, atol=1e-6)

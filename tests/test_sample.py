@@ -118,6 +118,7 @@ def test_function_evaluations_are_counted():
     counts = {name: sample.nfe(make(USED), times) for name, make in solver.ALL.items()}
     assert {n: c for n, c in counts.items() if c != 7} == {"heun": 13, "heun_churn": 13}
     assert sample.nfe(solver.heun(USED), times[:-1]) == 12  # never reaches sigma = 0
+    assert sample.nfe(solver.ddpm(USED, variance="learned_range"), times, learned_range=True) == 7
 
 
 @pytest.mark.parametrize("name", solver.ALL)

@@ -310,3 +310,12 @@ def test_learned_range_and_plain_denoisers_are_not_mixed_up(variance):
     denoise = (lambda x, t: x) if variance == "learned_range" else (lambda x, t: LearnedRange(x, x))
     with pytest.raises(errors.ConfigError, match="LearnedRange"):
         sample.sample(jax.random.key(0), denoise, x, [1.0, 0.0], solver.ddpm(used, variance=variance))
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "heun", "dpmpp_2m"])
+def test_solvers_without_a_model_variance_take_the_mean_of_a_learned_range(name):
+    used = schedule.cosine()
+    data, x, times = Gaussian(used, MEAN, VARIANCE), noise(used, (2, 3)), sample.uniform_grid(used, 3)
+    learned = lambda x, t: LearnedRange(data.denoise(x, t), 0 * x)  # noqa: E731
+    a, b = (sample.sample(jax.random.key(0), d, x, times, solver.ALL[name](used)) for d in (data.denoise, learned))
+    np.testing.assert_array_equal(a, b)
