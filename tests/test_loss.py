@@ -243,6 +243,14 @@ def test_importance_weights_reach_the_loss():
     np.testing.assert_allclose(aux["loss"], plain)
 
 
+def test_integer_data_are_refused():
+    """8-bit pictures would be trained on as values from 0 to 255."""
+    settings = {"schedule": jd.schedule.cosine(), "target": jd.target.v}
+    for call in (L.diffusion, L.hybrid):
+        with pytest.raises(ConfigError, match=r"got uint8\. For 8-bit pictures use jaxdiff\.data\.decode"):
+            call(key(), lambda x, t: x, jnp.ones((2, 3), jnp.uint8), **settings)
+
+
 # the variational bound
 
 
@@ -268,6 +276,21 @@ def test_bound_terms_on_gaussian_data(fraction):
         want = 0.5 * (np.log(model / small) - 1 + small / model + error / model) / np.log(2)
         got = float(jnp.mean(bound.terms[i]))
         assert abs(got / want - 1) < 5 * math.sqrt(2 / (b * d)), i
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_the_decoder_has_the_small_variance_of_its_neighbour_as_in_ddpm(fraction):
+    """DDPM's code, for fixed small and fixed large alike: log variance = log of the second posterior variance."""
+    betas = np.linspace(0.01, 0.3, 4)
+    bar = np.cumprod(1 - betas)
+    std = math.sqrt(betas[1] * (1 - bar[0]) / (1 - bar[1]))
+    x0, x0_hat = jnp.zeros((1, 1)), 0.02
+    denoise = lambda x, t: jnp.full_like(x, x0_hat)  # noqa: E731
+    table = jd.schedule.from_betas(betas)
+    bound = L.variational_bound(key(), denoise, x0, schedule=table, T=4, fraction=fraction)
+    cdf = lambda z: 0.5 * math.erfc(-z / math.sqrt(2))  # noqa: E731
+    mass = cdf((1 / 255 - x0_hat) / std) - cdf((-1 / 255 - x0_hat) / std)
+    np.testing.assert_allclose(bound.terms[0], -math.log2(mass), rtol=1e-4)
 
 
 def test_prior_term():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxdiff.denoise import TimeInput, call_net, check_output, time_t
 from jaxdiff.loss import bound, times, weighting
-from jaxdiff.loss.bound import Bound, batch_mean, draw, hybrid, variational_bound
+from jaxdiff.loss.bound import Bound, as_data, batch_mean, draw, hybrid, variational_bound
 from jaxdiff.loss.times import (
     LossHistory,
     Times,
@@ -27,7 +27,6 @@ from jaxdiff.loss.times import (
 )
 from jaxdiff.loss.weighting import Weighting, edm, likelihood, min_snr, on_x0, p2, sigmoid, simple, snr
 from jaxdiff.process import normal, q_sample
-from jaxdiff.schedule import as_float
 from jaxdiff.target import encode
 from jaxdiff.types import Array, Key, Net, Schedule, Target
 
@@ -78,7 +77,7 @@ def diffusion(
     """The weighted denoising loss (b,) of `net` on data x0 (b, ...) (Ho et al. 2020, eq. 14, for any target).
 
     `weighting` is the factor on the squared error of the target, `times` draws t; `time_input` and `scale_input` as in
-    `denoise.from_net`. Raises ConfigError if the network's output does not have the shape of x0.
+    `denoise.from_net`. Raises ConfigError if the network's output does not have the shape of x0, or x0 is integers.
     """
     return diffusion_with_aux(
         key,
@@ -106,7 +105,7 @@ def diffusion_with_aux(
     scale_input: TimeInput | None = None,
 ) -> tuple[Array, dict[str, Array]]:
     """`diffusion`, and what was drawn, each (b,): t, logsnr, mse (unweighted), loss (without importance weights)."""
-    x0 = as_float(x0)
+    x0 = as_data(x0)
     key_t, key_eps = jax.random.split(key)
     t, importance_weight = draw(times, key_t, x0)
     eps = normal(key_eps, x0.shape, x0.dtype)

@@ -40,17 +40,18 @@ def variational_bound(
 ) -> Bound:
     """The bound on -log2 p(x0) per dimension by T steps of `denoise`, one random x_t at each; x0 in [-1, 1], 8 bit.
 
-    `fraction` chooses the variance: 0 DDPM's fixed small, 1 fixed large; a denoiser that returns a `LearnedRange`
-    brings its own. Raises ConfigError for T < 2 or a schedule with sigma(0) > 0 (VE), which has no decoder step.
+    `fraction` chooses the variance: 0 DDPM's fixed small, 1 fixed large (the decoder has the small one, as in DDPM's
+    code); a denoiser that returns a `LearnedRange` brings its own. Raises ConfigError for T < 2 or a schedule with
+    sigma(0) > 0 (VE), which has no decoder step.
     """
     _check_chain(schedule, T)
-    x0 = as_float(x0)
+    x0 = as_data(x0)
 
     def one(carry: None, index: Array) -> tuple[None, Array]:
         t = ((index + 1) / T).astype(x0.dtype)
         x_t = q_sample(schedule, x0, normal(jax.random.fold_in(key, index), x0.shape, x0.dtype), t)
         answer = denoise(x_t, t)
-        x0_hat, part = answer if isinstance(answer, LearnedRange) else (answer, fraction)
+        x0_hat, part = answer if isinstance(answer, LearnedRange) else (answer, jnp.where(index > 0, fraction, 0))
         return carry, term(schedule, x0, x_t, t, (index / T).astype(x0.dtype), x0_hat, fraction=part)
 
     _, terms = jax.lax.scan(one, None, jnp.arange(T))
@@ -136,7 +137,7 @@ def hybrid(
     Raises ConfigError as `variational_bound`, and for an output of another shape.
     """
     _check_chain(schedule, T)
-    x0 = as_float(x0)
+    x0 = as_data(x0)
     key_t, key_eps = jax.random.split(key)
     t, weight = draw(times or discrete(T), key_t, x0)
     eps = normal(key_eps, x0.shape, x0.dtype)
@@ -148,6 +149,15 @@ def hybrid(
     s = (jnp.round(t * T) - 1) / T
     bound = term(schedule, x0, x_t, t, s, x0_hat, fraction=(variance + 1) / 2)
     return weight * (error + bound_weight * T * bound)
+
+
+def as_data(x0: Array) -> Array:
+    """`x0` in at least float32. Raises ConfigError for integers: 8-bit pictures would be taken for values to 255."""
+    if not jnp.issubdtype(jnp.asarray(x0).dtype, jnp.floating):
+        raise ConfigError(
+            f"x0 must be floating, scaled to [-1, 1], got {x0.dtype}. For 8-bit pictures use jaxdiff.data.decode(x0)."
+        )
+    return as_float(x0)
 
 
 def draw(times: Times, key: Key, x0: Array) -> tuple[Array, Array]:
