@@ -60,6 +60,8 @@ def test_weight_decay_is_decoupled():
         ({"learning_rate": float("nan")}, "learning_rate must be > 0, got nan"),
         ({"clip_norm": 0.0}, "clip_norm must be > 0, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be >= 0, got -1.0"),
+        ({"b2": 1.0}, "b2=1.0"),
+        ({"eps": 0.0}, "eps=0.0"),
     ],
 )
 def test_bad_settings_are_named(options, message):

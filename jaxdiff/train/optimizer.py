@@ -61,12 +61,14 @@ def adam(
     """Adam (AdamW where weight_decay > 0) after clipping the global gradient norm to `clip_norm`.
 
     Moments are float32 of the parameters' shape. Any other Optax transformation may be given to `make_step` instead.
-    Raises ConfigError as `rate` does, and for clip_norm <= 0 or weight_decay < 0.
+    Raises ConfigError as `rate` does, and for clip_norm <= 0, weight_decay < 0, b1 or b2 outside [0, 1) or eps <= 0.
     """
     if clip_norm is not None and not clip_norm > 0:
         raise ConfigError(f"clip_norm must be > 0, got {clip_norm}. For no clipping, pass None.")
     if weight_decay < 0:
         raise ConfigError(f"weight_decay must be >= 0, got {weight_decay}. 0 is off.")
+    if not (0 <= b1 < 1 and 0 <= b2 < 1 and eps > 0):
+        raise ConfigError(f"b1 and b2 must be in [0, 1) and eps > 0, got {b1=}, {b2=}, {eps=}. Adam: 0.9, 0.999, 1e-8.")
     schedule = rate(learning_rate, warmup_steps=warmup_steps, decay=decay, total_steps=total_steps)
     return optax.chain(
         optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm),
