@@ -4,6 +4,9 @@ import argparse
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
@@ -96,6 +99,21 @@ def test_cifar10_is_the_network_and_the_recipe_of_ddpm():
     params = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 35_746_307
     assert (config.train.batch_size, config.train.steps, config.optimizer.warmup) == (128, 800_000, 5000)
+    assert (config.sample.solver, config.sample.grid, config.sample.steps) == ("ddpm_large", "uniform", 1000)
+
+
+def test_cifar10_edm_takes_the_steps_of_edm():
+    """EDM sums the squared error over an image where the loss here is a mean: Adam's eps is what notices."""
+    config = cli.load_config("cifar10_edm")
+    summed = jnp.asarray([1e-6, -3e-8])  # gradients of the size of eps
+
+    def step(gradient, optimizer):
+        return optimizer.update(gradient, optimizer.init(summed), summed)[0]
+
+    with jax.numpy_dtype_promotion("standard"):
+        want = step(summed, optax.adam(1e-3 / config.optimizer.warmup, eps=1e-8))
+        found = step(summed / (32 * 32 * 3), models.optimizer(config))
+    np.testing.assert_allclose(found, want, rtol=1e-4)
 
 
 def test_help_lists_every_config(capsys):

@@ -5,6 +5,7 @@
 
 Cost: 800,000 steps of 128 images, 35.7 M parameters; a day or so on one large GPU, months on CPU cores.
 Expect: a loss near 0.03, shapes after some 50,000 steps. The paper's FID is 3.17.
+On CPU cores draw faster:  --config.sample.solver=dpmpp_2m --config.sample.grid=log_snr --config.sample.steps=20
 Data: tensorflow-datasets' cifar10, prepared once as array_record (no TensorFlow is needed to read it).
 """
 
@@ -41,5 +42,6 @@ def get_config() -> Config:
     c.train.ema = "constant(decay=0.9999)"
     c.sample.solver = "ddpm_large"  # the paper's choice for CIFAR-10
     c.sample.grid = "uniform"
-    c.sample.steps = 250  # the paper: 1000
+    c.sample.steps = 1000
+    c.sample.num = 16  # not in the paper: a small grid, since every picture costs 1000 network calls
     return c

@@ -36,6 +36,7 @@ def get_config() -> Config:
     c.diffusion.scale_input = "edm(sigma_data=0.5)"
     c.optimizer.learning_rate = 1e-3
     c.optimizer.warmup = 19_531  # 10 M images
+    c.optimizer.eps = 1e-8 / (32 * 32 * 3)  # EDM sums the squared error over an image where we average: gradients scale
     c.optimizer.clip = 0.0  # EDM gates non-finite gradients only
     c.train.batch_size = 512
     c.train.steps = 390_625  # 200 M images
