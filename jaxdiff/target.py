@@ -10,6 +10,16 @@
 
 Where det is 0 (eps and score at alpha = 0, x0 at sigma = 0) x_t and target say the same thing, and the other unknown is
 free. The answer there is the solution of  target = a x0 + b eps  of least norm: the known one as told, the other 0.
+
+    >>> import jax.numpy as jnp
+    >>> import jaxdiff as jd
+    >>> flow, t = jd.schedule.rectified_flow(), jnp.float32(0.25)
+    >>> x0, eps = jnp.float32([[1.0]]), jnp.float32([[3.0]])
+    >>> x_t, velocity = 0.75 * x0 + 0.25 * eps, encode(jd.target.velocity, flow, x0, eps, t)
+    >>> velocity.item()  # eps - x0
+    2.0
+    >>> [part.item() for part in decode(jd.target.velocity, flow, x_t, velocity, t)]
+    [1.0, 3.0]
 """
 
 import jax.numpy as jnp

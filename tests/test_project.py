@@ -18,7 +18,6 @@ TOP = {
     "README.md",
     "CHANGELOG.md",
     "LICENSE",
-    "conftest.py",
     "jaxdiff",
     "experiments",
     "tests",

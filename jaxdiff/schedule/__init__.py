@@ -6,6 +6,13 @@
 A schedule is a frozen, hashable dataclass: close over it freely. Every method is elementwise, works under jit, and
 follows the dtype of its argument (at least float32). Where alpha or sigma has the limit 0 or 1, it is exactly that.
 The constructors below raise ConfigError for settings out of range.
+
+    >>> import jaxdiff as jd
+    >>> flow = jd.schedule.rectified_flow()
+    >>> float(flow.alpha(0.25)), float(flow.sigma(0.25)), float(flow.inverse(flow.logsnr(0.25)))
+    (0.75, 0.25, 0.25)
+    >>> float(jd.schedule.cosine().alpha(1.0))  # exactly 0: nothing is left of the data
+    0.0
 """
 
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import jax
 import pytest
 
-_CACHE = pathlib.Path(__file__).parent / ".jax_cache"
+_CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache"
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
