@@ -13,6 +13,7 @@ from jaxdiff.errors import ConfigError
 LEAST = {
     "seed": 0,
     "data.size": 1,
+    "data.memory_gb": 0.0,
     "text.max_len": 1,
     "text.dim": 1,
     "text.depth": 0,
@@ -61,11 +62,11 @@ def mesh(config: Config) -> jax.sharding.Mesh:
     return made
 
 
-def steps_per_call(config: Config) -> int:
-    """The largest number up to train.steps_per_call that divides every interval.
+def steps_per_call(config: Config, done: int = 0) -> int:
+    """The largest number up to train.steps_per_call that divides every interval and the steps `done` before.
 
     Calls then begin at the same steps in every run, whole or resumed, so a resumed run computes the same bits.
     """
     c = config.train
-    common = math.gcd(c.steps, c.log_every, c.sample_every, c.checkpoint_every)
+    common = math.gcd(c.steps, c.log_every, c.sample_every, c.checkpoint_every, done)
     return max(k for k in range(1, c.steps_per_call + 1) if common % k == 0)

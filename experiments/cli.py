@@ -171,9 +171,12 @@ def describe() -> str:
 
 
 def main(run: Callable[[Sequence[str]], int]) -> None:
-    """Exit with run(argv): an error that jaxdiff raises on purpose is printed as one message, with status 2."""
+    """Exit with run(argv): an error of jaxdiff or of the file system is printed as one message, with status 2."""
     try:
         sys.exit(run(sys.argv[1:]))
-    except JaxdiffError as error:
+    except (JaxdiffError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is untouched", file=sys.stderr)
+        sys.exit(130)

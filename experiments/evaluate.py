@@ -21,7 +21,9 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.metrics import retrieval
 
 
-def caption_control(run: trained.Trained, dataset: data.Dataset, chosen: Any, count: int, seed: int, top: int) -> dict:
+def caption_control(
+    run: trained.Trained, dataset: inputs.Examples, chosen: Any, count: int, seed: int, top: int
+) -> dict:
     """The figure for `count` captions drawn by `seed`, as JSON values, with the rank of every sample."""
     if dataset.captions is None:
         raise ConfigError(f"{dataset.name} has no captions; this figure is for models of condition=caption.")
@@ -29,7 +31,8 @@ def caption_control(run: trained.Trained, dataset: data.Dataset, chosen: Any, co
     prompts = [dataset.captions[i] for i in own]
     seeds = [seed + i for i in range(len(own))]
     x0 = trained.draw(run, chosen, run.model.captions(prompts), run.model.null(len(own)), seeds, 16)
-    ranks = retrieval.ranks(x0, np.asarray(data.decode(dataset.images)), own)
+    pictures = dataset if isinstance(dataset, data.Dataset) else dataset.in_memory()
+    ranks = retrieval.ranks(x0, np.asarray(data.decode(pictures.images)), own)
     figure = retrieval.control(ranks, top, len(dataset))
     settings = {"samples": len(own), "pictures": len(dataset), "seed": seed, "checkpoint": run.step}
     settings |= {name: chosen[name] for name in ("solver", "grid", "steps", "scale")}

@@ -1,40 +1,69 @@
-"""From a config to the examples: one data set in memory, described by a few numbers that a workdir keeps."""
+"""From a config to the examples: one data set, in memory or read from disk batch by batch, and its batches in order.
 
-from typing import Any
+    data.path = FILE.npz or FILE.npy                 arrays, for any config    (jaxdiff.data.array_file)
+    data.path = a directory of *-idx3-ubyte[.gz]     MNIST's own files         (jaxdiff.data.idx)
+    else                                             what data.name says, in SOURCES
 
+A folder whose pictures would take more than data.memory_gb is streamed by Grain; the batches are the same.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
 import numpy as np
 
 from experiments import cli
 from experiments.configs import Config
 from jaxdiff import data
 from jaxdiff.errors import ConfigError, DataError
+from jaxdiff.types import Array
+
+Examples: TypeAlias = data.Dataset | data.ImageFolder
 
 
-def _folder(c: Config) -> data.Dataset:
+def _folder(c: Config) -> Examples:
     if not c.path:
         raise ConfigError("config folder needs a directory of pictures. Type --config.data.path=DIR.")
-    return data.folder(c.path, size=c.size)
+    pictures = data.open_folder(c.path, c.size)
+    gigabytes = len(pictures) * np.prod(pictures.shape) / 1e9
+    if gigabytes <= c.memory_gb:
+        return pictures.in_memory()
+    if importlib.util.find_spec("grain") is None:
+        raise DataError(
+            f"{len(pictures):,} pictures take {gigabytes:.3g} GB, more than data.memory_gb={c.memory_gb:g}, and to "
+            f"read them batch by batch needs Grain. Type: pip install 'jaxdiff[grain]', or, to hold them in memory, "
+            f"--config.data.memory_gb={gigabytes:.3g} or more."
+        )
+    return pictures
+
+
+def _without_path(c: Config, dataset: Examples) -> Examples:
+    if c.path:
+        raise ConfigError(
+            f"the data set {c.name!r} is built in, and data.path is {c.path!r}, which is no array or IDX file. For "
+            "pictures of your own type --config=folder."
+        )
+    return dataset
 
 
 SOURCES = {
-    "emoji": lambda c: data.emoji(size=c.size),
+    "emoji": lambda c: _without_path(c, data.emoji(size=c.size)),
     "tfds": lambda c: data.tfds(c.tfds, c.split, c.path or None),
     "folder": _folder,
-    "swissroll": lambda c: data.swissroll(c.points),
+    "swissroll": lambda c: _without_path(c, data.swissroll(c.points)),
 }
 
 
-def load(config: Config) -> data.Dataset:
+def load(config: Config) -> Examples:
     """The data set of `config`. Raises DataError when it is missing or not what the config says."""
-    if config.data.name not in SOURCES:
-        raise cli.unknown("data.name", config.data.name, SOURCES)
-    dataset = SOURCES[config.data.name](config.data)
-    found = dataset.images.shape[1:]
-    if len(found) == 3 and found[:2] != (config.data.size, config.data.size):
-        raise DataError(
-            f"the pictures of {dataset.name} are {found[0]} x {found[1]}, and data.size is {config.data.size}. "
-            f"Type --config.data.size={found[0]}."
-        )
+    dataset = _open(config.data)
+    found, size = dataset.shape, config.data.size
+    if len(found) == 3 and found[:2] != (size, size):
+        how = f"Type --config.data.size={found[0]}." if found[0] == found[1] else "Crop them to squares first."
+        raise DataError(f"the pictures of {dataset.name} are {found[0]} x {found[1]}, and data.size is {size}. {how}")
     if config.condition == "label" and dataset.labels is None:
         raise DataError(f"{dataset.name} has no labels. Type --config.condition=none.")
     if config.condition == "caption" and dataset.captions is None:
@@ -42,22 +71,55 @@ def load(config: Config) -> data.Dataset:
     return dataset
 
 
-def describe(dataset: data.Dataset) -> dict[str, Any]:
+def _open(c: Config) -> Examples:
+    if c.name not in SOURCES:
+        raise cli.unknown("data.name", c.name, SOURCES)
+    path = Path(c.path).expanduser()
+    if path.suffix in (".npy", ".npz"):
+        return data.array_file(path)
+    if c.path and path.is_dir() and any(path.glob("*-idx3-ubyte*")):
+        return data.idx(path, c.split)
+    return SOURCES[c.name](c)
+
+
+def describe(dataset: Examples) -> dict[str, Any]:
     """What sampling needs to know of the data, as JSON values."""
     return {
         "name": dataset.name,
-        "shape": list(dataset.images.shape[1:]),
+        "shape": list(dataset.shape),
         "num_examples": len(dataset),
         "num_classes": dataset.num_classes,
         "label_names": list(dataset.label_names or ()),
     }
 
 
-def arrays(dataset: data.Dataset, condition: str, tokenizer: Any, max_len: int) -> dict[str, np.ndarray]:
-    """The arrays that training reads, one row per example: image, and ids or label if conditioned on."""
-    rows: dict[str, np.ndarray] = {"image": dataset.images}
+def arrays(dataset: Examples, condition: str, tokenizer: Any, max_len: int) -> dict[str, np.ndarray]:
+    """What lives on the device, one row per example: ids or label if conditioned on, and the images if in memory."""
+    rows: dict[str, np.ndarray] = {"image": dataset.images} if isinstance(dataset, data.Dataset) else {}
     if condition == "caption":
         rows["ids"] = tokenizer.encode(dataset.captions, max_len)
     if condition == "label" and dataset.labels is not None:
         rows["label"] = dataset.labels
     return rows
+
+
+def batches(dataset: Examples, *, seed: int, step: int, batch_size: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    """From `step` on and without end, what each call of `steps` steps is given: see `take`.
+
+    index (steps, b) says which examples, in the order of `data.order`; image (steps, b, ...) comes with it where the
+    pictures are streamed, read ahead while the device works. Raises DataError for a picture that cannot be read.
+    """
+    if isinstance(dataset, data.Dataset):
+        while True:
+            yield {"index": data.orders(seed, step, steps, batch_size=batch_size, num_examples=len(dataset))}
+            step += steps
+    stream = data.stream(dataset, seed=seed, batch_size=batch_size, step=step, ahead=2 * steps)
+    while True:
+        parts = [next(stream) for _ in range(steps)]
+        yield {"index": np.stack([index for index, _ in parts]), "image": np.stack([image for _, image in parts])}
+
+
+def take(rows: dict[str, Array], batch: dict[str, Array]) -> dict[str, Array]:
+    """The examples of one batch: rows `index` of every array on the device, and the images that came along."""
+    chosen = jax.tree.map(lambda row: row[batch["index"]], rows)
+    return chosen | {name: value for name, value in batch.items() if name != "index"}

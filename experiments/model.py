@@ -164,10 +164,10 @@ class Model:
         return guide.cfg_batched(lambda x, t, given: self.denoise(params, x, t, given), inputs, empty, scale)
 
 
-def tokenizer_for(config: Config, captions: Sequence[str] | None) -> Any:
-    """A tokenizer trained on the captions, or None when the config does not condition on them."""
-    if config.condition != "caption":
-        return None
+def tokenizer_for(config: Config, captions: Sequence[str] | None, workdir: Path) -> Any:
+    """That of the run in `workdir`, else one trained on the captions; None when the config has no use for them."""
+    if config.condition != "caption" or (workdir / "tokenizer.json").exists():
+        return load_tokenizer(config, workdir)
     return text.train(captions or (), vocab_size=config.text.vocab_size)
 
 

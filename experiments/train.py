@@ -20,6 +20,7 @@ from experiments import check, cli, inputs, pictures, workdir
 from experiments import model as models
 from experiments.configs import Config
 from jaxdiff import data, train
+from jaxdiff.errors import DataError
 from jaxdiff.train import checkpoint
 
 
@@ -52,31 +53,29 @@ class Job:
         check.config(config)
         self.config, self.directory = config, directory
         self.mesh = check.mesh(config)
-        self.steps_per_call = check.steps_per_call(config)
-        dataset = inputs.load(config)
-        self.info = inputs.describe(dataset)
-        self.captions = dataset.captions
-        self.tokenizer = models.tokenizer_for(config, dataset.captions)
+        self.dataset = inputs.load(config)
+        self.info = inputs.describe(self.dataset)
+        workdir.check(directory, config, self.info)
+        self.tokenizer = models.tokenizer_for(config, self.dataset.captions, directory)
         self.model = models.build(config, self.info, self.tokenizer)
         self.sampler = models.sampler(self.model, config.sample)
-        self.rows = inputs.arrays(dataset, config.condition, self.tokenizer, config.text.max_len)
+        self.rows = inputs.arrays(self.dataset, config.condition, self.tokenizer, config.text.max_len)
         self.key_init, self.key_train = jax.random.split(jax.random.key(config.seed))
         self.abstract = jax.eval_shape(self.init)
-        workdir.check(directory, config, bytes_needed=_bytes(self.abstract) * (config.train.keep + 1))
+        workdir.check_space(directory, _bytes(self.abstract) * (config.train.keep + 1))
 
     def init(self) -> dict[str, Any]:
         """The carry before the first step; jit it."""
         return models.carry(self.model, self.config, self.key_init)
 
     def write_header(self) -> None:
-        """The files that say what this run is."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        """The files that say what this run is: config.json first, so that a header cut short is known as ours."""
+        workdir.write_json(self.directory / "config.json", self.config.to_dict())
         (self.directory / "samples").mkdir(exist_ok=True)
         if self.tokenizer is not None:
             self.tokenizer.save(self.directory / "tokenizer.json")
         workdir.write_json(self.directory / "data.json", self.info)
         workdir.write_json(self.directory / "versions.json", workdir.versions())
-        workdir.write_json(self.directory / "config.json", self.config.to_dict())
 
     def describe(self) -> str:
         """One line about what is trained on what."""
@@ -119,15 +118,12 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> float | None:
 
 def fit(job: Job) -> int:
     """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the signal's number."""
-    checkpoints = checkpoint.Checkpoints(job.directory / "checkpoints", keep=job.config.train.keep)
-    checkpoints.prepare()
-    print(job.describe())
-    done, carry = _start(job, checkpoints)
-    log = workdir.Log(job.directory, done)
-    with Stop() as stop:
-        done = _loop(job, carry, done, checkpoints, log, stop)
-    checkpoints.close()
-    log.close()
+    with checkpoint.Checkpoints(job.directory / "checkpoints", keep=job.config.train.keep) as checkpoints:
+        checkpoints.prepare()
+        print(job.describe())
+        done, carry = _start(job, checkpoints)
+        with workdir.Log(job.directory, done) as log, Stop() as stop:
+            done = _loop(job, carry, done, checkpoints, log, stop)
     if stop.signal is not None and done < job.config.train.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
         return 128 + stop.signal
@@ -154,28 +150,34 @@ def _hint(job: Job) -> str:
     return {"caption": ' --prompt "..."', "label": " --label 0"}.get(job.config.condition, "")
 
 
-def _make_step(job: Job) -> Any:
+def _make_step(job: Job, steps_per_call: int) -> Any:
     return train.make_step(
         job.model.loss,
         models.optimizer(job.config),
         key=job.key_train,
         ema=models.averages(job.config),
         accumulate=job.config.train.accumulate,
-        steps_per_call=job.steps_per_call,
+        steps_per_call=steps_per_call,
+        get_batch=inputs.take,
         summary=train.logsnr_buckets(**models.BUCKETS),
         mesh=job.mesh,
     )
 
 
 def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop) -> int:
-    c, k = job.config.train, job.steps_per_call
-    step = _make_step(job)
+    c, k = job.config.train, check.steps_per_call(job.config, done)
+    step = _make_step(job, k)
+    feed = inputs.batches(job.dataset, seed=job.config.seed, step=done, batch_size=c.batch_size, steps=k)
     rows = jax.device_put(job.rows, train.mesh.replicated(job.mesh))
     draw = jax.jit(job.sampler)
     bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
     previous, since = None, (time.perf_counter(), done)
     while done < c.steps:
-        batches = data.orders(job.config.seed, done, k, batch_size=c.batch_size, num_examples=job.info["num_examples"])
+        try:
+            batches = next(feed)
+        except DataError:  # a picture that cannot be read, found only now
+            checkpoints.save(carry, done)
+            raise
         state, metrics = step(carry["state"], batches, rows)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
         done += k
@@ -229,7 +231,7 @@ def _speed(
 def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
     """Draw the sample grid of the config with the averaged parameters, to samples/step_NNNNNNNN.png."""
     c = job.config.sample
-    cond, words = models.grid_conditions(job.model, c.prompts, job.captions, c.num)
+    cond, words = models.grid_conditions(job.model, c.prompts, job.dataset.captions, c.num)
     keys = jax.vmap(jax.random.key)(jnp.arange(c.seed, c.seed + c.num, dtype=jnp.uint32))
     x0 = draw(params, keys, cond, job.model.null(c.num))
     text = {"step": done, "conditions": words, "solver": c.solver, "steps": c.steps, "scale": c.scale, "seed": c.seed}
@@ -260,8 +262,10 @@ def run(argv: Sequence[str]) -> int:
     config, args = cli.parse(parser, argv)
     use_compile_cache()
     job = Job(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
-    job.write_header()
-    return fit(job)
+    job.directory.mkdir(parents=True, exist_ok=True)
+    with workdir.locked(job.directory):
+        job.write_header()
+        return fit(job)
 
 
 if __name__ == "__main__":

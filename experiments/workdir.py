@@ -7,6 +7,8 @@ samples/        PNG grids                        checkpoints/   the state
 tensorboard/    the metrics again, where tensorboardX is installed
 """
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -14,6 +16,7 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,18 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.configs import Config
-from jaxdiff.errors import CheckpointError, ConfigError
+from jaxdiff.errors import CheckpointError, ConfigError, DataError
 
 # Settings that do not change what is learned up to a step: a run may be resumed with others.
-FREE = ("train.log_every", "train.sample_every", "train.checkpoint_every", "train.keep", "sample.", "mesh.")
+FREE = (
+    "data.memory_gb",
+    "train.log_every",
+    "train.sample_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "sample.",
+    "mesh.",
+)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -52,29 +63,61 @@ def versions() -> dict[str, Any]:
     return {"python": platform.python_version(), "packages": packages, "devices": devices, "command": sys.argv}
 
 
-def check(workdir: Path, config: Config, *, bytes_needed: int) -> None:
-    """Raise before anything is written: the directory must be writable, have room, and not hold another run.
+def check(workdir: Path, config: Config, info: dict[str, Any]) -> None:
+    """Raise before anything is written: the directory must be writable, and not hold another run.
 
-    Raises CheckpointError for a directory that cannot be used, ConfigError for one made with another config.
+    Raises CheckpointError for a directory that cannot be used, ConfigError for one made with another config, DataError
+    for one made with other data (`info` is of inputs.describe).
     """
-    parent = workdir.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = _existing(workdir)
     if not parent.is_dir():
         raise CheckpointError(f"workdir {workdir} cannot be made: {parent} is a file. Give another --workdir.")
     _try_to_write(workdir, parent)
-    free = shutil.disk_usage(parent).free
-    if free < bytes_needed:
-        raise CheckpointError(
-            f"workdir {workdir} has {free / 1e9:.2f} GB free and this run needs about {bytes_needed / 1e9:.2f} GB for "
-            "its checkpoints. Free some space, keep fewer (--config.train.keep=1), or give another --workdir."
-        )
     if (workdir / "config.json").exists():
         _check_same(workdir, config)
+        _check_data(workdir, config, info)
     elif workdir.exists() and any(workdir.iterdir()):
         raise CheckpointError(
             f"workdir {workdir} holds files but no run of ours (no config.json). Give another --workdir."
         )
+
+
+def check_space(workdir: Path, needed: int) -> None:
+    """Raise CheckpointError when the disk of `workdir` has less than `needed` bytes left."""
+    free = shutil.disk_usage(_existing(workdir)).free
+    if free < needed:
+        raise CheckpointError(
+            f"workdir {workdir} has {free / 1e9:.3f} GB free and this run needs about {needed / 1e9:.3f} GB for "
+            "its checkpoints. Free some space, keep fewer (--config.train.keep=1), or give another --workdir."
+        )
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Hold the directory; the system lets go of it however this process ends. CheckpointError when another holds it."""
+    handle = os.open(workdir, os.O_RDONLY)
+    try:
+        _lock(handle, workdir)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, workdir: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"another training is running in workdir {workdir}. Wait for it, stop it, or give another --workdir."
+        ) from error
+    except OSError:  # some network file systems have no locks
+        print(f"note: {workdir} cannot be locked; do not start a second training in it.")
+
+
+def _existing(workdir: Path) -> Path:
+    """The directory, or the nearest one above it that exists."""
+    absolute = workdir.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
 def _try_to_write(workdir: Path, parent: Path) -> None:
@@ -99,6 +142,18 @@ def _check_same(workdir: Path, config: Config) -> None:
             f"workdir {workdir} holds a run with another config:{lines}{more}\n"
             f"To resume it, give its settings again; to start anew, give another --workdir, such as {workdir}-2."
         )
+
+
+def _check_data(workdir: Path, config: Config, info: dict[str, Any]) -> None:
+    old = load_json(workdir / "data.json") if (workdir / "data.json").exists() else info
+    for key in ("shape", "num_classes", "label_names") if config.condition == "label" else ("shape",):
+        if old[key] != info[key]:
+            raise DataError(
+                f"workdir {workdir} holds a run on other data: {key} was {old[key]}, now {info[key]}. Give the data it "
+                "was trained on, or another --workdir."
+            )
+    if old["num_examples"] != info["num_examples"]:
+        print(f"note: the data had {old['num_examples']:,} examples and has {info['num_examples']:,} now.")
 
 
 def load_json(path: Path) -> Any:
@@ -150,6 +205,12 @@ class Log:
             for key, value in values.items():
                 if isinstance(value, int | float):
                     self.board.add_scalar(key, value, step)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Close the files."""

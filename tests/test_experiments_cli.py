@@ -81,12 +81,12 @@ def test_call_does_not_evaluate_code():
 
 
 @pytest.mark.parametrize("name", cli.config_names())
-def test_every_config_describes_a_model_that_can_be_built(name):
+def test_every_config_describes_a_model_that_can_be_built(name, tmp_path):
     config = cli.load_config(name)
     check.config(config)
     shape = SHAPES.get(name, (32, 32, 3))
     info = {"shape": shape, "num_classes": 10, "name": name}
-    tokenizer = models.tokenizer_for(config, ["red heart"])
+    tokenizer = models.tokenizer_for(config, ["red heart"], tmp_path)
     model = models.build(config, info, tokenizer)
     models.sampler(model, config.sample)
     carry = jax.eval_shape(lambda: models.carry(model, config, jax.random.key(0)))

@@ -15,7 +15,10 @@ def base() -> Config:
                 "tfds": "",  # for tfds: the name, such as cifar10
                 "split": "train",
                 "points": 10_000,  # for swissroll
-                "path": "",  # for folder: the directory; for tfds: its data_dir ('' = ~/tensorflow_datasets)
+                # For folder: the directory; for tfds: its data_dir ('' = ~/tensorflow_datasets). Any config also takes
+                # a .npz or .npy file (images, labels, captions) or a directory of MNIST's IDX files here.
+                "path": "",
+                "memory_gb": 2.0,  # a folder whose pictures take more, decoded, is streamed by Grain
                 "size": 32,  # height and width
                 "flip": False,  # random left-right flips
             },

@@ -59,12 +59,12 @@ def orders(seed: int, step: int, count: int, *, batch_size: int, num_examples: i
 
 
 def stream(
-    source: Examples, *, seed: int, batch_size: int, step: int = 0, threads: int = 8
+    source: Examples, *, seed: int, batch_size: int, step: int = 0, ahead: int = 2, threads: int = 8
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Batches of a set that does not fit in memory: pairs (indices int32 (b,), examples (b, ...)), without end.
 
-    The batch of each step is that of `order(seed, step)`, read ahead by Grain's threads; `step` resumes there. Look
-    labels and captions up by the indices. Raises DataError when Grain is not installed.
+    The batch of each step is that of `order(seed, step)`, `ahead` batches of it read ahead by Grain's threads; `step`
+    resumes there. Look labels and captions up by the indices. Raises DataError when Grain is not installed.
     """
     order(seed, step, batch_size=batch_size, num_examples=len(source))  # the same checks
     try:
@@ -78,5 +78,5 @@ def stream(
         return index, source[int(index)]
 
     positions = grain.MapDataset.range(step * batch_size, _FAR // batch_size * batch_size)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * batch_size)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead * batch_size)
     return iter(positions.map(example).to_iter_dataset(options).batch(batch_size))

@@ -35,6 +35,11 @@ class Dataset:
         return len(self.images)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one example."""
+        return self.images.shape[1:]
+
+    @property
     def num_classes(self) -> int:
         """The number of classes, 0 without labels."""
         if self.labels is None:

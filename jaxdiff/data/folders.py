@@ -45,9 +45,19 @@ class ImageFolder:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise DataError(f"the picture {path} cannot be read: {error}. Repair or remove it.") from error
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The shape of one picture."""
+        return self.size, self.size, self.channels
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, 0 without labels."""
+        return len(self.label_names or ())
+
     def in_memory(self) -> Dataset:
         """Decode everything once."""
-        images = np.empty((len(self), self.size, self.size, self.channels), np.uint8)
+        images = np.empty((len(self), *self.shape), np.uint8)
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for i, image in enumerate(pool.map(self.__getitem__, range(len(self)))):
                 images[i] = image
