@@ -154,7 +154,7 @@ def rows(name, values):
         settings = run.config.sample.copy_and_resolve_references()
         settings[name] = value
         drawn.append(trained.draw(run, settings, cond, null, seeds, batch=len(seeds)))
-    return pictures.sheet(np.concatenate(drawn), columns=len(seeds))
+    return pictures.sheet(np.concatenate(drawn), [f"{name} {value}" for value in values for _ in seeds])
 
 
 show(rows("scale", SCALES), f"{PROMPTS[0]}: scale {', '.join(map(str, SCALES))}")

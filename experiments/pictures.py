@@ -1,15 +1,46 @@
 """Samples as pictures: images in a grid, points of the plane as a scatter."""
 
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from jaxdiff import data
 from jaxdiff.types import Array
 
 
-def sheet(x0: Array, columns: int | None = None) -> Image.Image:
-    """Samples (n, h, w, c) as a grid, or points (n, 2) as dots, in one picture; data in [-1, 1]."""
-    return scatter(np.asarray(x0)) if x0.ndim == 2 else data.grid(data.encode(x0), columns)
+def sheet(x0: Array | np.ndarray, names: Sequence[str | int] = ()) -> Image.Image:
+    """Samples (n, h, w, c) as a grid, or points (n, 2) as dots, in one picture; data in [-1, 1].
+
+    Where the names of the samples come in equal runs, each run is a row with its name beside it. Several small
+    pictures are enlarged so that they can be seen; a single one keeps its pixels.
+    """
+    if x0.ndim == 2:
+        return scatter(np.asarray(x0))
+    run = _run_length(names)
+    grid = data.grid(data.encode(x0), run)
+    factor = max(1, 64 // x0.shape[1]) if len(x0) > 1 else 1
+    grid = grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
+    return grid if run is None else _beside(grid, [str(name) for name in names[::run]])
+
+
+def _run_length(names: Sequence[str | int]) -> int | None:
+    """The length of the runs of equal names, or None where they differ or there is only one."""
+    lengths = {len(list(run)) for _, run in itertools.groupby(names)}
+    return lengths.pop() if len(lengths) == 1 and len(set(names)) > 1 else None
+
+
+def _beside(grid: Image.Image, names: Sequence[str]) -> Image.Image:
+    """`grid` with a line of text at the left of each row."""
+    font = ImageFont.load_default(14)
+    margin = 12 + int(max(font.getlength(name) for name in names))
+    picture = Image.new("RGB", (margin + grid.width, grid.height), "white")
+    picture.paste(grid, (margin, 0))
+    draw, height = ImageDraw.Draw(picture), grid.height / len(names)
+    for i, name in enumerate(names):
+        draw.text((6, (i + 0.5) * height), name, fill="black", font=font, anchor="lm")
+    return picture
 
 
 def scatter(points: np.ndarray, size: int = 256, limit: float = 2.0) -> Image.Image:

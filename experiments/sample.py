@@ -124,10 +124,8 @@ def write(args, loaded: trained.Trained, chosen: Config, x0, words: list[str | i
     """Write the grid, and every picture where asked, with what made it inside the file."""
     common = {"negative": args.negative, "checkpoint": loaded.step, "data": loaded.info["name"]}
     common |= {name: chosen[name] for name in ("solver", "grid", "steps", "scale", "clip")}
-    several = len(args.prompt) > 1 or len(args.label) > 1
-    columns = len(words) // max(len(args.prompt), len(args.label)) if several else None
     info = {"prompts": json.dumps(words), "seeds": json.dumps(seeds)} | common
-    data.save_png(args.out, pictures.sheet(x0, columns), info)
+    data.save_png(args.out, pictures.sheet(x0, words), info)
     print(f"wrote {args.out}: {len(x0)} samples")
     if not args.each:
         return

@@ -5,6 +5,7 @@ python -m experiments.train --config=cifar10 --workdir=runs/a --config.train.bat
 """
 
 import argparse
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -147,7 +148,9 @@ def _start(job: Job, checkpoints: checkpoint.Checkpoints) -> tuple[int, dict[str
 
 
 def _hint(job: Job) -> str:
-    return {"caption": ' --prompt "..."', "label": " --label 0"}.get(job.config.condition, "")
+    """What to add to the command that makes pictures: a prompt that the model has seen, or a class."""
+    prompt = (*job.config.sample.prompts, *(job.dataset.captions or ()), "...")[0]
+    return {"caption": f" --prompt {shlex.quote(prompt)}", "label": " --label 0"}.get(job.config.condition, "")
 
 
 def _make_step(job: Job, steps_per_call: int) -> Any:
@@ -172,6 +175,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
     draw = jax.jit(job.sampler)
     bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
     previous, since = None, (time.perf_counter(), done)
+    tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
     while done < c.steps:
         try:
             batches = next(feed)
@@ -182,10 +186,11 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
         done += k
         if previous is None:
-            since = _first_call(metrics, since, k)
-        jax.block_until_ready(previous)  # stay one call ahead of the device, not more
+            since = _first_call(bar, metrics, since, k)
+        else:
+            jax.block_until_ready(previous)  # stay one call ahead of the device, not more
+            bar.update(k)
         previous = metrics["loss"]
-        bar.update(k)
         if done % c.log_every == 0 or done == c.steps:
             line = _line(carry["window"], int(state.bad_steps))
             carry["window"] = jax.tree.map(jnp.zeros_like, carry["window"])
@@ -204,9 +209,11 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
     return done
 
 
-def _first_call(metrics: dict[str, Any], since: tuple[float, int], steps: int) -> tuple[float, int]:
-    """Wait for it and say how long it took; speed is measured from here."""
+def _first_call(bar: tqdm, metrics: dict[str, Any], since: tuple[float, int], steps: int) -> tuple[float, int]:
+    """Wait for it and say how long it took; speed, and the time left on the bar, are measured from here."""
     jax.block_until_ready(metrics)
+    bar.initial = bar.last_print_n = bar.n = since[1] + steps
+    bar.unpause()
     now = time.perf_counter()
     tqdm.write(f"first {steps} step(s), compilation included: {now - since[0]:.1f} s")
     return now, since[1] + steps
@@ -236,7 +243,7 @@ def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
     x0 = draw(params, keys, cond, job.model.null(c.num))
     text = {"step": done, "conditions": words, "solver": c.solver, "steps": c.steps, "scale": c.scale, "seed": c.seed}
     path = job.directory / "samples" / f"step_{done:08d}.png"
-    data.save_png(path, pictures.sheet(x0), text)
+    data.save_png(path, pictures.sheet(x0, words), text)
     tqdm.write(f"samples: {path}")
 
 
