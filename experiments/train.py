@@ -5,8 +5,10 @@ python -m experiments.train --config=cifar10 --workdir=runs/a --config.train.bat
 """
 
 import argparse
+import ctypes
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -254,6 +256,17 @@ def use_compile_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def keep_memory() -> None:
+    """Have glibc keep the memory that is freed: every step on a CPU asks for the same large buffers again.
+
+    Given back to the system, they return page by page, which took a fifth of the processor time of training.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, value in ((-8, 1), (-4, 0), (-1, 2**31 - 1)):  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+            mallopt(option, value)
+
+
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -267,6 +280,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--config", default="emoji", help="a name below, or a path to a .py file (default: emoji)")
     parser.add_argument("--workdir", default="", help="where everything goes (default: runs/CONFIG)")
     config, args = cli.parse(parser, argv)
+    keep_memory()
     use_compile_cache()
     job = Job(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
     job.directory.mkdir(parents=True, exist_ok=True)
