@@ -6,7 +6,8 @@
 
 `step` is forward, backward and Adam in float32 without dropout: the same network, weights and batch on both sides, and
 the outputs must agree before anything is timed. It needs torch, once in its default memory layout and once in
-channels_last; `--jax-only` does without.
+channels_last; `--jax-only` does without. Both sides run with malloc set as training sets it; `--system-malloc` leaves
+it alone.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.train import keep_memory
 from jaxdiff.nets import unet
 
 NETS = {"ddpm_cifar10": lambda: unet.ddpm_cifar10(dropout=0.0), "small": unet.small}
@@ -101,6 +103,8 @@ def report(times: dict[str, list[tuple[float, float]]], count: int) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Time the training step or the network call of both sides."""
+    if not args.system_malloc:
+        keep_memory()
     net, data = NETS[args.net](), batch(args.size, args.batch)
     params = random_params(net, args.size)
     trainers: dict[str, tuple] = {}
@@ -158,6 +162,7 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--rounds", type=int, default=5)
         sub.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
         sub.add_argument("--jax-only", action="store_true")
+        sub.add_argument("--system-malloc", action="store_true")
         sub.set_defaults(run=compare)
     sub = commands.add_parser("matmul")
     sub.add_argument("--n", type=int, default=4096)
