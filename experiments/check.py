@@ -46,6 +46,8 @@ def config(config: Config) -> None:
             raise ConfigError(
                 f"{key} must be at least {LEAST[key]}, got {value}. Type --config.{key}={LEAST[key] or 1}."
             )
+        if key.endswith("seed") and value >= 2**31:
+            raise ConfigError(f"{key} must be below 2**31 = {2**31}, got {value}.")
     if not config.optimizer.learning_rate > 0:
         raise ConfigError(f"optimizer.learning_rate must be > 0, got {config.optimizer.learning_rate}.")
     if not 0 <= config.condition_dropout <= 1:

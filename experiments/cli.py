@@ -16,15 +16,34 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
 import experiments.configs
 from experiments.configs import Config
 from jaxdiff.errors import ConfigError, JaxdiffError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that takes no abbreviations, and answers a mistake with one line instead of its usage."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError."""
+        raise ConfigError(f"{message}. --help lists the options.")
+
+
+def try_to_write(folder: Path) -> None:
+    """Raise the OSError that a new file in `folder` meets: permission bits do not tell (root, read-only mounts)."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".jaxdiff"):
+        pass
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -172,6 +191,7 @@ def describe() -> str:
 
 def main(run: Callable[[Sequence[str]], int]) -> None:
     """Exit with run(argv): an error of jaxdiff or of the file system is printed as one message, with status 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         sys.exit(run(sys.argv[1:]))
     except (JaxdiffError, OSError) as error:

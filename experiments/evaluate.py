@@ -6,7 +6,6 @@ For each sample the training pictures are ordered by pixel L2 distance. The figu
 prompt's own picture is among the 5 nearest, against chance, 5 / n. Written to evaluate.json in the workdir.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +40,9 @@ def caption_control(
 
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.evaluate",
         description="Measure how well prompts control the pictures of a trained model.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--workdir", required=True, help="the directory of the training run")

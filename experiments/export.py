@@ -11,7 +11,6 @@ writes into the directory `sampler`
 The batch size is fixed by --batch; the parameters are arguments and not constants, so that the file stays small.
 """
 
-import argparse
 import importlib
 import json
 import shutil
@@ -116,10 +115,9 @@ def _readme(run: trained.Trained, chosen: Config, batch: int, leaves: list[Any])
 
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.export",
         description="Write a trained sampler as a file that runs with jax alone, on CPU, CUDA and TPU.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--workdir", required=True, help="the directory of the training run")

@@ -22,10 +22,9 @@ from jaxdiff.types import Array
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.sample",
         description="Make pictures with a trained model. The same seed gives the same picture at any --num.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--workdir", required=True, help="the directory of the training run")
@@ -52,6 +51,10 @@ def settings(args: argparse.Namespace, config: Config) -> Config:
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be an integer >= {least}, got {value}.")
+    if args.num > 100_000:
+        raise ConfigError(
+            f"--num must be at most 100000, got {args.num}. Make them in several calls with other --seed."
+        )
     chosen = ConfigDict(config.sample.to_dict())
     for name in ("steps", "solver", "grid", "scale"):
         if getattr(args, name) is not None:
@@ -88,7 +91,8 @@ def note_unknown_words(run: trained.Trained, prompts: Sequence[str]) -> None:
     for prompt in prompts:
         unknown = run.model.tokenizer.unknown_words(prompt) if run.model.tokenizer else ()
         if unknown:
-            print(f"note: not in this model's vocabulary, so of little effect: {', '.join(unknown)}")
+            shown = ", ".join(word[:40] for word in unknown[:10])
+            print(f"note: not in this model's vocabulary, so of little effect: {shown}")
 
 
 def check_outputs(args: argparse.Namespace) -> None:
@@ -98,8 +102,10 @@ def check_outputs(args: argparse.Namespace) -> None:
         raise DataError(f"--out {args.out}: the directory {parent} does not exist. Make it, or give another path.")
     if Path(args.out).suffix.lower() != ".png":
         raise ConfigError(f"--out must end in .png, got {args.out}.")
+    cli.try_to_write(parent)
     if args.each:
         Path(args.each).mkdir(parents=True, exist_ok=True)
+        cli.try_to_write(Path(args.each))
 
 
 def run(argv: Sequence[str]) -> int:

@@ -125,8 +125,9 @@ def fit(job: Job) -> int:
         checkpoints.prepare()
         print(job.describe())
         done, carry = _start(job, checkpoints)
-        with workdir.Log(job.directory, done) as log, Stop() as stop:
-            done = _loop(job, carry, done, checkpoints, log, stop)
+        bar = tqdm(total=job.config.train.steps, initial=done, unit="step", dynamic_ncols=True)
+        with bar, workdir.Log(job.directory, done) as log, Stop() as stop:
+            done = _loop(job, carry, done, checkpoints, log, stop, bar)
     if stop.signal is not None and done < job.config.train.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
         return 128 + stop.signal
@@ -169,13 +170,12 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
     )
 
 
-def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop) -> int:
+def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
     c, k = job.config.train, check.steps_per_call(job.config, done)
     step = _make_step(job, k)
     feed = inputs.batches(job.dataset, seed=job.config.seed, step=done, batch_size=c.batch_size, steps=k)
     rows = jax.device_put(job.rows, train.mesh.replicated(job.mesh))
     draw = jax.jit(job.sampler)
-    bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
     previous, since = None, (time.perf_counter(), done)
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
     while done < c.steps:
@@ -207,7 +207,6 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
             checkpoints.save(carry, done)
         if stopping:
             break
-    bar.close()
     return done
 
 
@@ -269,13 +268,12 @@ def keep_memory() -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m experiments.train",
         description="Train a diffusion model. Started again with the same workdir, it resumes.",
         epilog="configs:\n" + cli.describe() + "\n\nAny field of a config: --config.train.batch_size=64. All fields "
         "and their meaning: experiments/configs/_base.py.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--config", default="emoji", help="a name below, or a path to a .py file (default: emoji)")
     parser.add_argument("--workdir", default="", help="where everything goes (default: runs/CONFIG)")

@@ -72,7 +72,12 @@ def check(workdir: Path, config: Config, info: dict[str, Any]) -> None:
     parent = _existing(workdir)
     if not parent.is_dir():
         raise CheckpointError(f"workdir {workdir} cannot be made: {parent} is a file. Give another --workdir.")
-    _try_to_write(workdir, parent)
+    try:
+        cli.try_to_write(parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"workdir {workdir} cannot be written: {error.strerror} ({parent}). Give another --workdir."
+        ) from error
     if (workdir / "config.json").exists():
         _check_same(workdir, config)
         _check_data(workdir, config, info)
@@ -118,17 +123,6 @@ def _existing(workdir: Path) -> Path:
     """The directory, or the nearest one above it that exists."""
     absolute = workdir.absolute()
     return next(path for path in (absolute, *absolute.parents) if path.exists())
-
-
-def _try_to_write(workdir: Path, parent: Path) -> None:
-    """Permission bits do not tell (root, read-only mounts), so make and remove one file."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=parent, prefix=".jaxdiff"):
-            pass
-    except OSError as error:
-        raise CheckpointError(
-            f"workdir {workdir} cannot be written: {error.strerror} ({parent}). Give another --workdir."
-        ) from error
 
 
 def _check_same(workdir: Path, config: Config) -> None:

@@ -128,6 +128,7 @@ def test_help_lists_every_config(capsys):
 @pytest.mark.parametrize(
     "override",
     [
+        "seed=2147483648", "data.memory_gb=-1",
         "train.steps=0", "train.batch_size=0", "train.batch_size=-3", "optimizer.learning_rate=nan", "sample.scale=nan",
         "sample.scale=-1", "sample.steps=0", "sample.solver=dpmp_2m", "sample.grid=karas", "condition=captions",
         "diffusion.schedule=cosin", "diffusion.target=epsilon", "diffusion.weighting=min_snr(gama=5)", "net.name=unett",
@@ -163,6 +164,24 @@ def test_missing_data_says_how_to_get_it(tmp_path):
     config.data.path = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
         inputs.load(config)
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "words"),
+    [
+        (ConfigError("wrong"), 2, "error: wrong\n"),
+        (OSError(28, "No space left on device", "a.png"), 2, "error: [Errno 28] No space left on device: 'a.png'\n"),
+        (KeyboardInterrupt(), 130, "interrupted; what was saved before is untouched\n"),
+    ],
+)
+def test_what_goes_wrong_is_one_line_and_a_status(raised, status, words, capsys):
+    def run(argv):
+        raise raised
+
+    with pytest.raises(SystemExit) as leave:
+        cli.main(run)
+    assert leave.value.code == status
+    assert capsys.readouterr().err == words
 
 
 def test_config_files_outside_the_package(tmp_path):

@@ -1,7 +1,9 @@
 """MNIST digits at 28 x 28, conditioned on the class.
 
-    python -m experiments.train --config=mnist --config.data.path=DIR_OF_TFDS
+    python -m experiments.train --config=mnist --config.data.path=DIR
     python -m experiments.sample --workdir=runs/mnist --label 7 --num 16 --out sevens.png
+
+DIR holds the *-ubyte files that MNIST, Fashion-MNIST and KMNIST publish, gzipped or not, or tensorflow-datasets' mnist.
 
 Cost: about 15 minutes on two CPU cores, one on a GPU.
 Expect: clean digits of the class that is asked for after 1,000 steps.
