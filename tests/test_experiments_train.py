@@ -1,5 +1,6 @@
 """The main job end to end, tiny: it learns, resumes bit for bit, stops on a signal, and its pictures are repeatable."""
 
+import ast
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, evaluate, inputs, sample, trained, workdir
+from experiments import cli, evaluate, inputs, pictures, sample, trained, workdir
 from experiments import export as exporting
 from experiments import train as job
 from jaxdiff import data
@@ -22,6 +23,7 @@ from jaxdiff.errors import CheckpointError, ConfigError
 
 EMOJI = [
     "--config=emoji", "--config.data.size=8", "--config.net.channels=16", "--config.net.groups=8",
+    "--config.net.multipliers=(1,2)", "--config.net.attention_levels=(1,)", "--config.net.cross_levels=(1,)",
     "--config.net.num_blocks=1", "--config.net.head_channels=16", "--config.net.patch_size=1", "--config.text.dim=16",
     "--config.text.depth=1", "--config.text.heads=2", "--config.train.batch_size=32", "--config.train.steps=30",
     "--config.train.log_every=10", "--config.optimizer.warmup=5", "--config.optimizer.learning_rate=3e-3",
@@ -75,8 +77,10 @@ def test_a_run_leaves_what_it_promises(emoji):
     assert json.loads((emoji / "config.json").read_text())["train"]["steps"] == 30
     assert "jax" in json.loads((emoji / "versions.json").read_text())["packages"]
     picture = emoji / "samples" / "step_00000030.png"
-    assert min(Image.open(picture).size) >= 2 * 8 + 2  # four pictures of 8 x 8, perhaps enlarged and captioned
-    assert data.read_metadata(picture)["step"] == "30"
+    text = data.read_metadata(picture)
+    assert text["step"] == "30"
+    words = ast.literal_eval(text["conditions"])
+    assert Image.open(picture).size == pictures.sheet(np.zeros((4, 8, 8, 3), np.float32), words).size
 
 
 def test_the_same_seed_is_the_same_picture_at_any_batch_size(emoji, tmp_path):
