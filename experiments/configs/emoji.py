@@ -20,11 +20,11 @@ def get_config() -> Config:
     c.net = ConfigDict(
         {
             "name": "small",
-            "channels": 64,
-            "multipliers": (1, 2),
-            "num_blocks": 2,
-            "attention_levels": (1,),
-            "cross_levels": (1,),
+            "channels": 48,
+            "multipliers": (1, 2, 4),
+            "num_blocks": 1,
+            "attention_levels": (2,),
+            "cross_levels": (1, 2),
             "head_channels": 32,
             "groups": 16,
             "patch_size": 2,
@@ -33,17 +33,20 @@ def get_config() -> Config:
         }
     )
     c.text.dim = 96
-    c.optimizer.learning_rate = 1e-3
+    c.diffusion.schedule = "rectified_flow"
+    c.diffusion.target = "velocity"
+    c.diffusion.times = "logit_normal(mean=1.0, std=1.0)"  # most at high noise, where the prompt decides the picture
+    c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = 100
     c.optimizer.decay = "cosine"
     c.train.batch_size = 32
-    c.train.steps = 2500
+    c.train.steps = 1600
     c.train.ema = "warmed(decay=0.998)"
     c.train.log_every = 50
-    c.train.sample_every = 1000
-    c.train.checkpoint_every = 500
+    c.train.sample_every = 400
+    c.train.checkpoint_every = 200
     c.sample.scale = 3.0
-    c.sample.num = 16
+    c.sample.num = 32
     c.sample.prompts = (
         "red heart",
         "grinning face",
