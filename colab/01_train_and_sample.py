@@ -165,7 +165,7 @@ show(rows("steps", COUNTS), f"{PROMPTS[0]}: {', '.join(map(str, COUNTS))} steps"
 #
 # - **Your own pictures:** put them in a folder, with a `metadata.jsonl` of `{"file_name": ..., "text": ...}` lines if
 #   they have captions, and train with `--config=folder --config.data.path=DIR`.
-# - **Other configs:** `python -m experiments.train --help` lists them. `--config=swissroll` takes a minute anywhere.
+# - **Other configs:** `python -m experiments.train --help` lists them. `--config=swissroll` is the quickest.
 # - **bfloat16** on a GPU or TPU: `--config.train.dtype=bfloat16`.
 # - **Take the model elsewhere:** `python -m experiments.export --workdir=runs/emoji --out=sampler` writes a sampler
 #   that runs with jax alone.

@@ -102,7 +102,7 @@ def interval(guided: Denoiser, plain: Denoiser, schedule: Schedule, *, sigma: tu
 
 
 def rescale(guided: Denoiser, cond: Denoiser, phi: float = 0.7) -> Denoiser:
-    """Pull the contrast of `guided` back to that of `cond` (Lin et al. 2023, eq. 15 and 16), per example, on x0.
+    """Pull the contrast of `guided` back to that of `cond` (Lin et al. 2024, eq. 15 and 16), per example, on x0.
 
     Runs both; `cfg(..., phi=)` does the same without a second run. Raises ConfigError unless 0 <= phi <= 1.
     """

@@ -167,7 +167,7 @@ def respaced_grid(
 ) -> np.ndarray:
     """A part of the T = num_train_steps training times (index i is t = (i + 1) / T), kept continuous, then t = 0.
 
-    With n = 0 .. N - 1 (Lin et al. 2023, table 2): "leading" t_n = (N - 1 - n) / N + 1 / T (starts below t = 1: a known
+    With n = 0 .. N - 1 (Lin et al. 2024, table 2): "leading" t_n = (N - 1 - n) / N + 1 / T (starts below t = 1: a known
     flaw, kept for models sampled so); "linspace" N points from 1 to 1 / T; "trailing" t_n = 1 - n / N, as uniform.
     For N = T all three are the T training times. Raises ConfigError for another spacing, or num_steps > T.
     """

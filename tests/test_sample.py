@@ -227,7 +227,7 @@ def test_respacing_visits_the_training_times():
     grid = lambda spacing, n: sample.respaced_grid(table, n, spacing=spacing)  # noqa: E731
     for spacing in ("leading", "linspace", "trailing"):
         np.testing.assert_allclose(grid(spacing, 1000), np.append(table.time(np.arange(999, -1, -1)), 0), rtol=1e-12)
-    # The indices that Lin et al. (2023, table 2) and DDPM code give for 10 of 1000.
+    # The indices that Lin et al. (2024, table 2) and DDPM code give for 10 of 1000.
     np.testing.assert_allclose(grid("leading", 10)[:-1], table.time(np.arange(900, -1, -100)))
     np.testing.assert_allclose(grid("trailing", 10)[:-1], table.time(np.arange(999, 0, -100)))
     np.testing.assert_allclose(grid("linspace", 10)[:-1], table.time(np.arange(999, -1, -111)))

@@ -1,9 +1,10 @@
-"""CIFAR-10 by the recipe of EDM (Karras et al. 2022, tables 1 and 7, configuration F); unconditional.
+"""CIFAR-10 by the recipe of EDM (Karras et al. 2022, tables 1 and 7), without its augmentation; unconditional.
 
     python -m experiments.train --config=cifar10_edm --config.data.path=DIR_OF_TFDS --config.train.dtype=bfloat16
 
-Cost: 200 M images in batches of 512, 55.7 M parameters; two days on eight V100s in the paper.
-Expect: a loss that starts at 1, since the target has unit variance. The paper's FID is 1.97.
+Cost: 200 M images in batches of 512, 55.7 M parameters; about two days on eight V100s, by EDM's repository.
+The whole run was not measured here.
+Expect: a loss that starts near 1, since the target has unit variance. The paper's FID of 1.97 is with augmentation.
 Left out: EDM's augmentation pipe and its 9 labels; left-right flips stand in for it.
 """
 

@@ -3,9 +3,9 @@
     python -m experiments.train --config=folder --config.data.path=DIR --config.data.size=64
     with captions:    --config.condition=caption --config.sample.scale=3.0
 
-Cost: by the size and number of pictures; 64 x 64 wants a GPU. Pictures are cropped to a square. They are held in memory
+Cost: by the size and number of pictures, not measured here. Pictures are cropped to a square. They are held in memory
 where they take at most data.memory_gb, else read from disk by Grain (jaxdiff[grain]); the batches are the same.
-Expect: a few thousand pictures give plausible samples after some 20,000 steps; a few dozen are learned by heart.
+Expect: it depends on the pictures; a few dozen are learned by heart. Look at the grids in samples/ as it trains.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m experiments.train --config=swissroll
 
-Cost: under a minute on a CPU core.
+Cost: 4,000 steps of 512 points on a network of three layers, the least of all configs. Not timed here.
 Expect: the dots of the last picture in runs/swissroll/samples lie on the spiral.
 """
 
