@@ -76,12 +76,17 @@ def jax_trainer(net: unet.UNet, params: Any, data: tuple) -> tuple[Callable, Cal
 
 
 def interleave(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each side in each round, after one untimed call each."""
+    """(wall, CPU) seconds of each side in each round, after one untimed call each.
+
+    The pause lets the threads of the side before go to sleep: those of OpenMP spin for 0.2 s in wait of more work, and
+    whoever came next would share the processors with them.
+    """
     for side in sides.values():
         side()
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
+            time.sleep(0.5)
             wall, cpu = time.perf_counter(), time.process_time()
             side()
             times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
