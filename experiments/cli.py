@@ -68,6 +68,7 @@ def call(what: str, text: str, table: Mapping[str, Callable], **given: Any) -> A
     for option in options:
         if option not in accepted:
             raise unknown(f"option of {what} {name}:", option, set(accepted) - set(given))
+        _check_type(f"option {option} of {what} {name}", options[option], accepted[option])
     kwargs = {k: v for k, v in given.items() if k in accepted} | options
     missing = [k for k, p in accepted.items() if p.default is p.empty and k not in kwargs and p.kind in (1, 3)]
     if missing:
@@ -83,6 +84,14 @@ def _options(what: str, text: str) -> dict[str, Any]:
         return {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"cannot read {what} {text!r}. Write name or name(option=number, ...).") from error
+
+
+def _check_type(what: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Raise ConfigError unless `value` is of the type of the parameter's default, or of its annotation."""
+    kind = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
+    wanted = {int: "an integer", float: "a number", str: "text", tuple: "numbers in brackets"}.get(kind)
+    if wanted and not isinstance(value, int | float if kind is float else kind):
+        raise ConfigError(f"{what} must be {wanted}, got {value!r}.")
 
 
 def config_names() -> list[str]:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from experiments import check, cli, inputs
 from experiments import model as models
 from experiments import train as job
-from jaxdiff import data
+from jaxdiff import data, schedule, solver
 from jaxdiff.errors import ConfigError
 
 SHAPES = {"cifar10": (32, 32, 3), "cifar10_edm": (32, 32, 3), "mnist": (28, 28, 1), "swissroll": (2,)}
@@ -73,6 +73,19 @@ def test_call_reads_names_with_options():
     ]:
         with pytest.raises(ConfigError, match=word.replace("(", r"\(")):
             cli.call("thing", text, table, schedule="s")
+
+
+@pytest.mark.parametrize(
+    ("what", "text", "table"),
+    [
+        ("schedule", "cosine(s='x')", models.SCHEDULES), ("schedule", "ddpm_table(T=9.5)", models.SCHEDULES),
+        ("weighting", "min_snr(gamma=None)", models.WEIGHTINGS), ("ema", "constant(decay='x')", models.EMAS),
+        ("solver", "ddpm(variance=1)", solver.ALL), ("solver", "euler(sigma_range=1)", solver.ALL),
+    ],
+)  # fmt: skip
+def test_options_of_another_type_are_refused(what, text, table):
+    with pytest.raises(ConfigError, match=rf"option \w+ of {what} {text.split('(')[0]} must be"):
+        cli.call(what, text, table, schedule=schedule.cosine())
 
 
 def test_call_does_not_evaluate_code():
