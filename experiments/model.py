@@ -144,6 +144,7 @@ class Model:
         )  # fmt: skip
 
     def _drop(self, key: Key, batch: dict[str, Array]) -> dict[str, Array]:
+        """The condition of a batch, empty for a share of its examples (Ho and Salimans 2022, algorithm 1)."""
         count = batch["image"].shape[0]
         dropped = jax.random.bernoulli(key, self.dropout, (count,))
         return {
@@ -180,6 +181,11 @@ def build(config: Config, info: dict[str, Any], tokenizer: Any) -> Model:
     """The model of `config` for data described by `info` (see inputs.describe). Raises ConfigError for bad names."""
     if config.condition not in CONDITIONS:
         raise cli.unknown("condition", config.condition, CONDITIONS)
+    if config.data.flip and len(info["shape"]) != 3:
+        raise ConfigError(
+            f"data.flip=True mirrors pictures, and the examples are of shape {tuple(info['shape'])}. "
+            "Type --config.data.flip=false."
+        )
     c = config.diffusion
     given = cli.call("diffusion.schedule", c.schedule, SCHEDULES)
     num_classes = info["num_classes"] if config.condition == "label" else 0

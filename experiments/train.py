@@ -75,7 +75,7 @@ class Job:
         """The files that say what this run is: config.json first, so that a header cut short is known as ours."""
         workdir.write_json(self.directory / "config.json", self.config.to_dict())
         (self.directory / "samples").mkdir(exist_ok=True)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and not (self.directory / "tokenizer.json").exists():
             self.tokenizer.save(self.directory / "tokenizer.json")
         workdir.write_json(self.directory / "data.json", self.info)
         workdir.write_json(self.directory / "versions.json", workdir.versions())

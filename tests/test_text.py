@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,20 @@ def test_the_file_is_the_same_in_every_process(tmp_path):
         environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", TRAIN, str(files[-1])], check=True, env=environment)
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_full_disk_leaves_the_old_file_whole(tokenizer, tmp_path, monkeypatch):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    before = (tmp_path / "tokenizer.json").read_bytes()
+
+    def fill_up(path, *_, **__):
+        path.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_up)
+    with pytest.raises(OSError, match="No space"):
+        tokenizer.save(tmp_path / "tokenizer.json")
+    assert (tmp_path / "tokenizer.json").read_bytes() == before
 
 
 def test_every_word_of_the_emoji_is_one_token():
@@ -193,23 +208,3 @@ def test_encoder_refuses():
         module.apply(params, np.zeros((1, 7), np.int32))
     with pytest.raises(ConfigError, match="divide dim=9"):
         text.TextEncoder(vocab_size=9, dim=9, heads=2).init(jax.random.key(0), IDS)
-
-
-# --- caption dropout
-
-
-def test_drop_captions_is_per_example_and_at_its_rate():
-    ids = np.tile(IDS[2:], (400, 1))
-    dropped = jax.jit(text.drop_captions, static_argnums=2)(jax.random.key(0), ids, 0.25)
-    gone = np.asarray((dropped == 0).all(1))
-    assert ((dropped == ids).all(1) ^ gone).all()
-    assert 65 <= gone.sum() <= 135  # 4 standard deviations
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(400))
-    np.testing.assert_array_equal(text.drop_captions(keys[7:19], ids[7:19], 0.25), dropped[7:19])
-
-
-def test_drop_captions_at_its_ends():
-    np.testing.assert_array_equal(text.drop_captions(jax.random.key(0), IDS, 0.0), IDS)
-    assert (text.drop_captions(jax.random.key(0), IDS, 1.0) == 0).all()
-    with pytest.raises(ConfigError, match=r"1\.5"):
-        text.drop_captions(jax.random.key(0), IDS, 1.5)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.types import Array, Key
+from jaxdiff.types import Array
 
 
 class TextFeatures(NamedTuple):
@@ -82,16 +82,3 @@ def _masked_mean(tokens: Array, mask: Array) -> Array:
     weights = mask.astype(jnp.float32)
     total = jnp.einsum("bld,bl->bd", tokens.astype(jnp.float32), weights)
     return (total / weights.sum(axis=1, keepdims=True)).astype(tokens.dtype)
-
-
-def drop_captions(key: Key, ids: Array, rate: float) -> Array:
-    """Replace each row of `ids` (b, L) by zeros, the null prompt, with probability `rate`.
-
-    `key` is one key (then one per example is derived by index) or (b,) keys. Ho and Salimans 2022, Algorithm 1.
-    """
-    if not 0.0 <= rate <= 1.0:
-        raise ConfigError(f"rate must be between 0 and 1, got {rate}.")
-    if key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(ids.shape[0]))
-    dropped = jax.vmap(lambda k: jax.random.bernoulli(k, rate))(key)
-    return jnp.where(dropped[:, None], jnp.zeros_like(ids), ids)

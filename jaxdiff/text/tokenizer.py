@@ -58,8 +58,10 @@ class Tokenizer:
         return tuple(dict.fromkeys(word for word in words if self._backend.token_to_id(word) is None))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write tokenizer.json (the format of Hugging Face's `tokenizers`)."""
-        Path(path).write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+        """Write tokenizer.json (the format of Hugging Face's `tokenizers`): it appears whole or not at all."""
+        temporary = f"{os.fspath(path)}.tmp"
+        Path(temporary).write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def train(captions: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
