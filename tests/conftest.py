@@ -1,8 +1,12 @@
-"""Test settings: 8 fake CPU devices, strict numerics, a compile cache that outlives the run."""
+"""Test settings: 8 fake CPU devices, strict numerics, a compile cache that outlives the run.
+
+The tests run on the CPU everywhere; those marked gpu are run by JAX_PLATFORMS=cuda,cpu pytest -m gpu.
+"""
 
 import os
 import pathlib
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # correctness tests: compile time dominates
 os.environ.setdefault("TQDM_DISABLE", "1")
 
@@ -20,9 +24,9 @@ jax.config.update("jax_debug_key_reuse", True)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip GPU checks, with a reason, where there is no GPU."""
+    """Skip GPU checks, with a reason, where JAX sees no GPU."""
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU; this machine has none"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and JAX_PLATFORMS=cuda,cpu pytest -m gpu"))
