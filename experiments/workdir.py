@@ -197,8 +197,10 @@ class Log:
         self.files[name].flush()
         if self.board:
             for key, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(key, value, step)
+                parts = {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+                for name, part in parts.items():
+                    if part is not None:
+                        self.board.add_scalar(name, part, step)
 
     def __enter__(self) -> "Log":
         return self
