@@ -26,6 +26,8 @@ def caption_control(
     """The figure for `count` captions drawn by `seed`, as JSON values, with the rank of every sample."""
     if dataset.captions is None:
         raise ConfigError(f"{dataset.name} has no captions; this figure is for models of condition=caption.")
+    if not 1 <= top <= len(dataset):
+        raise ConfigError(f"--top must be an integer from 1 to {len(dataset)}, the number of pictures, got {top}.")
     own = np.random.default_rng(seed).choice(len(dataset), size=min(count, len(dataset)), replace=False)
     prompts = [dataset.captions[i] for i in own]
     seeds = [seed + i for i in range(len(own))]
@@ -61,6 +63,7 @@ def run(argv: Sequence[str]) -> int:
     if loaded.model.condition != "caption":
         raise ConfigError(f"this figure is for models of condition=caption, got {loaded.model.condition}.")
     chosen = settings(args, loaded.config)
+    cli.try_to_write(Path(args.workdir))
     figure = caption_control(loaded, inputs.load(loaded.config), chosen, args.num, args.seed, args.top)
     workdir.write_json(Path(args.workdir) / "evaluate.json", figure)
     print(
