@@ -42,27 +42,29 @@ with open("sampler.jax", "rb") as file:
     sampler = export.deserialize(bytearray(file.read()))
 params = [value for _, value in sorted(np.load("params.npz").items())]
 seeds = np.arange({batch}, dtype=np.uint32)             # one picture per seed
-samples = sampler.call(params, seeds{arguments})       # float32 {shape}, in [-1, 1]
+{condition}samples = sampler.call(params, seeds{arguments})       # float32 {shape}, in [-1, 1]
 pictures = np.asarray((samples + 1) * 127.5).clip(0, 255).round().astype(np.uint8)
 ```
-{condition}
+
 It runs on {platforms}, with this jax ({version}) or a newer one.
 """
 
+# condition -> the arguments of the call, and the code that makes them
 CONDITIONS = {
     "none": ("", ""),
     "label": (
         ", cond, null",
-        "`cond` is the int32 ({batch},) array of classes, `null` the same array filled with -1.\n",
+        "cond = np.full({batch}, 0, np.int32)                    # one class per picture\n"
+        "null = np.full({batch}, -1, np.int32)                   # no class\n",
     ),
     "caption": (
         ", cond, null",
-        "`cond` is an int32 ({batch}, {length}) array of token ids padded with 0, `null` the same filled with 0 "
-        "(or the ids\nof a negative prompt):\n\n```python\nimport tokenizers\n\n"
+        "import tokenizers\n\n"
         'tokenizer = tokenizers.Tokenizer.from_file("tokenizer.json")\n'
-        "cond = np.zeros(({batch}, {length}), np.int32)\n"
         'ids = tokenizer.encode("red heart", add_special_tokens=False).ids[:{length}]\n'
-        "cond[:, : len(ids)] = ids\nnull = np.zeros_like(cond)\n```\n",
+        "cond = np.zeros(({batch}, {length}), np.int32)               # token ids, padded with 0\n"
+        "cond[:, : len(ids)] = ids\n"
+        "null = np.zeros_like(cond)                              # or the ids of a negative prompt\n\n",
     ),
 }
 
@@ -81,13 +83,14 @@ def program(run: trained.Trained, chosen: Config) -> tuple[Callable[..., jax.Arr
 
 
 def export(run: trained.Trained, chosen: Config, directory: Path, batch: int) -> None:
-    """Write the files. Raises ConfigError when jax.export's serializer is not installed."""
+    """Make the directory and the files. Raises ConfigError when jax.export's serializer is not installed."""
     try:
         importlib.import_module("flatbuffers")  # jax.export needs it to write, and does not declare it
     except ImportError as error:
         raise ConfigError(
             "writing an exported program needs flatbuffers. Type: pip install 'jaxdiff[export]'."
         ) from error
+    directory.mkdir(parents=True)
     call, leaves = program(run, chosen)
     conditions = [*run.model.null(batch).values()] * 2
     exported = jax.export.export(jax.jit(call), platforms=PLATFORMS)(leaves, jnp.zeros(batch, jnp.uint32), *conditions)
@@ -136,7 +139,6 @@ def run(argv: Sequence[str]) -> int:
     loaded = trained.load(source, args.checkpoint)
     chosen = settings(args, loaded.config)
     models.sampler(loaded.model, chosen)  # refuses bad settings before anything is written
-    directory.mkdir(parents=True)
     export(loaded, chosen, directory, args.batch)
     if (source / "tokenizer.json").exists():
         shutil.copy(source / "tokenizer.json", directory)
