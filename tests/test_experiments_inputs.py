@@ -6,11 +6,13 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, inputs, trained
+from experiments import cli, inputs, sample, trained
+from experiments import export as exporting
 from experiments import train as job
 from jaxdiff import data
 from jaxdiff.errors import ConfigError, DataError
@@ -111,6 +113,30 @@ def test_streaming_trains_the_same_parameters(tiny, tmp_path):
     memory, disk = trained.load(tmp_path / "memory"), trained.load(tmp_path / "disk")
     assert memory.step == disk.step == 3
     jax.tree.map(np.testing.assert_array_equal, memory.params, disk.params)
+
+
+def test_classes_are_drawn_and_exported(tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert job.run([*tiny, f"--workdir={run}"]) == 0
+    out, each = tmp_path / "a.png", tmp_path / "each"
+    argv = ["--label", "1", "0", "--num=2", "--scale=2", f"--out={out}", f"--each={each}"]
+    assert sample.run([f"--workdir={run}", *argv]) == 0
+    assert json.loads(data.read_metadata(out)["prompts"]) == [1, 1, 0, 0]
+    files = sorted(each.iterdir())
+    assert [data.read_metadata(path)["prompt"] for path in files] == ["1", "1", "0", "0"]
+    assert {Image.open(path).size for path in files} == {(8, 8)}
+    with pytest.raises(ConfigError, match="0 ant, 1 bee; got 2"):
+        sample.run([f"--workdir={run}", "--label", "2"])
+    assert exporting.run([f"--workdir={run}", f"--out={tmp_path / 'sampler'}", "--batch=2", "--scale=2"]) == 0
+    monkeypatch.chdir(tmp_path / "sampler")
+    names = {}
+    exec((tmp_path / "sampler" / "README.md").read_text().split("```python")[1].split("```")[0], names)
+    loaded = trained.load(run)
+    settings = loaded.config.sample
+    settings.scale = 2.0
+    cond = {"label": jnp.zeros(2, jnp.int32)}
+    wanted = trained.draw(loaded, settings, cond, loaded.model.null(2), [0, 1], 2)
+    np.testing.assert_allclose(names["samples"], wanted, atol=1e-4)
 
 
 def test_a_picture_that_breaks_later_costs_no_step(tiny, folder, tmp_path, monkeypatch):

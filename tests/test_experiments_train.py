@@ -27,7 +27,7 @@ EMOJI = [
     "--config.net.num_blocks=1", "--config.net.head_channels=16", "--config.net.patch_size=1", "--config.text.dim=16",
     "--config.text.depth=1", "--config.text.heads=2", "--config.train.batch_size=32", "--config.train.steps=30",
     "--config.train.log_every=10", "--config.optimizer.warmup=5", "--config.optimizer.learning_rate=3e-3",
-    "--config.sample.num=4", "--config.sample.steps=2", "--config.train.sample_every=0",
+    "--config.sample.num=4", "--config.sample.steps=2", "--config.train.sample_every=20",
 ]  # fmt: skip
 ROLL = [
     "--config=swissroll", "--config.net.width=16", "--config.net.depth=1", "--config.train.batch_size=16",
@@ -76,11 +76,27 @@ def test_a_run_leaves_what_it_promises(emoji):
     assert set(lines[0]) == {"step", "loss", "grad_norm", "bad_steps", "loss_per_logsnr"}
     assert json.loads((emoji / "config.json").read_text())["train"]["steps"] == 30
     assert "jax" in json.loads((emoji / "versions.json").read_text())["packages"]
-    picture = emoji / "samples" / "step_00000030.png"
+    first, picture = sorted((emoji / "samples").iterdir())
+    assert first.name == "step_00000020.png"
+    assert data.read_metadata(first)["step"] == "20"
+    assert picture.name == "step_00000030.png"
     text = data.read_metadata(picture)
     assert text["step"] == "30"
     words = ast.literal_eval(text["conditions"])
     assert Image.open(picture).size == pictures.sheet(np.zeros((4, 8, 8, 3), np.float32), words).size
+
+
+def test_a_run_leaves_its_curves_for_tensorboard(emoji):
+    pytest.importorskip("tensorboardX", reason="needs jaxdiff[tensorboard]")
+    (events,) = (emoji / "tensorboard").iterdir()
+    assert b"loss_per_logsnr/4" in events.read_bytes()
+
+
+def test_a_resumed_run_leaves_its_vocabulary_alone(emoji):
+    before = (emoji / "tokenizer.json").stat()
+    job.Job(trained.load(emoji).config, emoji).write_header()
+    after = (emoji / "tokenizer.json").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_the_same_seed_is_the_same_picture_at_any_batch_size(emoji, tmp_path):
@@ -104,6 +120,28 @@ def test_prompts_and_negatives_reach_the_picture(emoji, tmp_path):
     base = trained.draw(run, settings, cond, null, [0], 1)
     assert np.abs(base - trained.draw(run, settings, run.model.captions(["blue circle"]), null, [0], 1)).max() > 1e-4
     assert np.abs(base - trained.draw(run, settings, cond, run.model.captions(["cat"]), [0], 1)).max() > 1e-4
+
+
+def test_the_command_line_draws_a_row_per_prompt_away_from_the_negative_one(emoji, tmp_path, monkeypatch):
+    asked = {}
+
+    def draw(run, settings, cond, null, seeds, batch):
+        asked.update(cond=cond["ids"], null=null["ids"], seeds=seeds)
+        return np.zeros((len(seeds), *run.model.shape), np.float32)
+
+    monkeypatch.setattr(trained, "draw", draw)
+    out = tmp_path / "a.png"
+    argv = ["--prompt", "red heart", "cat", "--negative=dog", "--num=2", "--seed=4", "--scale=2", f"--out={out}"]
+    assert sample.run([f"--workdir={emoji}", *argv]) == 0
+    words = ["red heart", "red heart", "cat", "cat"]
+    tokenizer = trained.load(emoji).model.tokenizer
+    np.testing.assert_array_equal(asked["cond"], tokenizer.encode(words, asked["cond"].shape[1]))
+    np.testing.assert_array_equal(asked["null"], tokenizer.encode(["dog"] * 4, asked["null"].shape[1]))
+    assert asked["seeds"] == [4, 5, 4, 5]
+    text = data.read_metadata(out)
+    assert json.loads(text["prompts"]) == words
+    assert json.loads(text["seeds"]) == [4, 5, 4, 5]
+    assert (text["negative"], text["scale"]) == ("dog", "2.0")
 
 
 @pytest.mark.parametrize(
@@ -144,21 +182,44 @@ def test_evaluate_writes_the_figure(emoji):
     assert figure["recall_at_5"] == sum(rank < 5 for rank in figure["ranks"]) / 4
 
 
+@pytest.mark.parametrize("argv", [["--top=0"], ["--top=1907"], ["--num=0"], ["--seed=-1"], []])
+def test_evaluate_refuses_before_it_draws(emoji, argv, monkeypatch):
+    if not argv:
+        monkeypatch.setattr(cli.tempfile, "NamedTemporaryFile", _read_only)
+    monkeypatch.setattr(trained, "draw", lambda *_: pytest.fail("drawing began"))
+    with pytest.raises((ConfigError, OSError), match=argv[0].split("=")[0] if argv else "Read-only"):
+        evaluate.run([f"--workdir={emoji}", *argv])
+
+
+# Runs the code of the README beside it, where nothing of ours and no flax can be imported.
+ALONE = """
+import sys
+
+for name in ("jaxdiff", "experiments", "flax", "optax", "orbax", "ml_collections"):
+    sys.modules[name] = None
+exec(open("README.md").read().split("```python")[1].split("```")[0])
+np.save("samples.npy", samples)
+assert pictures.shape == samples.shape and pictures.dtype == np.uint8
+assert set(sampler.platforms) == {"cpu", "cuda", "tpu"}
+"""
+
+
 def test_the_exported_sampler_runs_with_jax_alone(emoji, tmp_path):
     out = tmp_path / "sampler"
     assert exporting.run([f"--workdir={emoji}", f"--out={out}", "--batch=2", "--steps=2"]) == 0
-    program = jax.export.deserialize(bytearray((out / "sampler.jax").read_bytes()))
-    assert set(program.platforms) == {"cpu", "cuda", "tpu"}
-    params = [value for _, value in sorted(np.load(out / "params.npz").items())]
+    subprocess.run([sys.executable, "-c", ALONE], cwd=out, check=True)
     run = trained.load(emoji)
-    cond, null = run.model.captions(["red heart", "cat"]), run.model.null(2)
-    got = program.call(params, np.asarray([5, 6], np.uint32), cond["ids"], null["ids"])
-    settings = run.config.sample
-    np.testing.assert_allclose(got, trained.draw(run, settings, cond, null, [5, 6], 2), atol=1e-4)
-    code = (out / "README.md").read_text().split("```python")
-    assert len(code) == 3
+    wanted = trained.draw(run, run.config.sample, run.model.captions(["red heart"] * 2), run.model.null(2), [0, 1], 2)
+    np.testing.assert_allclose(np.load(out / "samples.npy"), wanted, atol=1e-4)
     with pytest.raises(CheckpointError, match="exists already"):
         exporting.run([f"--workdir={emoji}", f"--out={out}"])
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(emoji, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(ConfigError, match=r"jaxdiff\[export\]"):
+        exporting.run([f"--workdir={emoji}", f"--out={tmp_path / 'sampler'}"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_config_in_the_same_workdir_is_refused(emoji):
@@ -259,6 +320,22 @@ def test_a_workdir_that_cannot_hold_the_run_is_refused(bad, tmp_path, monkeypatc
 
 def _read_only(**kwargs):
     raise OSError(30, "Read-only file system")
+
+
+def test_tensorboard_gets_a_curve_per_bucket(tmp_path, monkeypatch):
+    curves = {}
+
+    class Board:
+        def add_scalar(self, name, value, step):
+            curves[name, step] = value
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(workdir, "_tensorboard", lambda path, step: Board())
+    with workdir.Log(tmp_path, 0) as log:
+        log.write("metrics", 10, {"loss": 0.5, "grad_norm": None, "loss_per_logsnr": [1.5, None, 2.5]})
+    assert curves == {("loss", 10): 0.5, ("loss_per_logsnr/0", 10): 1.5, ("loss_per_logsnr/2", 10): 2.5}
 
 
 def test_the_log_drops_lines_after_the_restored_step_and_a_torn_one(tmp_path):
