@@ -1,9 +1,9 @@
 """Shared names: array aliases and the Protocols of the four seams. No logic.
 
-    Schedule   t in [0, 1] (0 = data, 1 = noise)  ->  alpha, sigma of  x_t = alpha x0 + sigma eps
-    Target     what a network is trained to output, as a row (a, b):  target = a x0 + b eps
-    Denoiser   D(x_t, t) -> x0_hat, the posterior mean E[x0 | x_t]; everything that samples takes one
-    Solver     a pair (init, step) of pure functions, as an Optax gradient transformation is
+Schedule   t in [0, 1] (0 = data, 1 = noise)  ->  alpha, sigma of  x_t = alpha x0 + sigma eps
+Target     what a network is trained to output, as a row (a, b):  target = a x0 + b eps
+Denoiser   D(x_t, t) -> x0_hat, the posterior mean E[x0 | x_t]; everything that samples takes one
+Solver     a pair (init, step) of pure functions, as an Optax gradient transformation is
 """
 
 from collections.abc import Callable
