@@ -164,9 +164,10 @@ def test_padding_changes_nothing(deep):
     apply, params = deep
     longer = np.pad(IDS, ((0, 0), (0, 1)))
     short, long = apply(params, IDS), apply(params, longer)
-    np.testing.assert_allclose(short.pooled, long.pooled, atol=1e-6)
+    close = {"rtol": 0, "atol": 4e-6}  # 32 roundings of float32 at 1: sums of another length are taken in another order
+    np.testing.assert_allclose(short.pooled, long.pooled, **close)
     for i, length in enumerate((3, 1, 5)):
-        np.testing.assert_allclose(short.tokens[i, :length], long.tokens[i, :length], atol=1e-6)
+        np.testing.assert_allclose(short.tokens[i, :length], long.tokens[i, :length], **close)
 
 
 def test_rows_are_independent_and_order_matters(deep):
