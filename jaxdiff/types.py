@@ -22,6 +22,9 @@ Net: TypeAlias = Callable[[Array, Array], Array]
 Denoiser: TypeAlias = Callable[[Array, Array], Array]
 """`denoise(x_t, t) -> x0_hat`; x_t is (b, ...), t a scalar or (b,); returns x_t.dtype."""
 
+Noise: TypeAlias = Callable[[Key, Array, Array, Array], Array]
+"""`noise(key, x, t, s)`: standard normal noise like x for the step from t to s; key is (b,), one per example."""
+
 
 class Schedule(Protocol):
     """A noise schedule: x_t = alpha(t) x0 + sigma(t) eps for t in [0, 1]. All methods are elementwise and jit-safe."""

@@ -229,9 +229,9 @@ def test_pure_noise_start_is_finite_and_has_a_gradient():
 
 def broken_heun(used):
     def step(key, denoise, x, t, s, memory):
-        x0, eps = solver._predict(used, denoise, x, t)
+        x0, eps = solver.predict(used, denoise, x, t)
         euler = used.alpha(s) * x0 + used.sigma(s) * eps
-        x0_s, eps_s = solver._predict(used, denoise, euler, s)
+        x0_s, eps_s = solver.predict(used, denoise, euler, s)
         d_alpha, d_sigma = used.alpha(s) - used.alpha(t), used.sigma(s) - used.sigma(t)
         return x + d_alpha * (0.6 * x0 + 0.4 * x0_s) + d_sigma * (0.6 * eps + 0.4 * eps_s), memory
 
@@ -250,7 +250,7 @@ def broken_2m(used):
 
 def broken_ddim(used):
     def step(key, denoise, x, t, s, memory):
-        x0, eps = solver._predict(used, denoise, x, t)
+        x0, eps = solver.predict(used, denoise, x, t)
         return used.alpha(t) * x0 + used.sigma(s) * eps, memory  # alpha at the old time
 
     return Solver(lambda x: (), step)

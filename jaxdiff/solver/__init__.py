@@ -1,0 +1,40 @@
+"""Solvers: pairs (init, step) of pure functions. To add one: a function in a file of its family, a row in `ALL`.
+
+    forward process        x_t = alpha_t x0 + sigma_t eps
+    what a network knows   x0 = D(x_t, t),  eps = (x_t - alpha_t x0) / sigma_t
+    probability flow       dx = x0 dalpha + eps dsigma        (any schedule; no 1 / alpha, so pure noise can start)
+    noise from s to t      var_ts = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2 = sigma_t^2 (1 - SNR_t / SNR_s)
+
+A step goes from time t to s < t (only `ddim_inversion` goes up). Where sigma_s = 0 every solver returns D(x_t, t).
+Orders of convergence (deterministic ones, smooth grids): see `ORDER`. Notation of times: t = 0 data, t = 1 noise.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from jaxdiff.solver.ancestral import ddim, ddim_inversion, ddpm
+from jaxdiff.solver.base import fresh, predict
+from jaxdiff.solver.dpm import dpmpp_2m
+from jaxdiff.solver.runge_kutta import euler, heun
+from jaxdiff.types import Schedule, Solver
+
+__all__ = ["ALL", "ORDER", "ddim", "ddim_inversion", "ddpm", "dpmpp_2m", "euler", "fresh", "heun", "predict"]
+
+ALL: dict[str, Callable[[Schedule], Solver]] = {
+    "ddpm": ddpm,
+    "ddpm_large": partial(ddpm, variance="fixed_large"),
+    "ddim": ddim,
+    "ddim_eta1": partial(ddim, eta=1.0),
+    "euler": euler,
+    "heun": heun,
+    "heun_churn": partial(heun, gamma=0.2),
+    "dpmpp_2m": dpmpp_2m,
+}
+"""Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""
+
+ORDER: dict[str, int] = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
+"""The order of convergence of the deterministic ones; a solver of `ALL` that is not here is stochastic.
+
+It holds where sigma and alpha are smooth in the grid. Where sigma starts like sqrt(t) (VP, cosine, DDPM's tables), a
+grid uniform in t down to t = 0 lowers order 2 towards 1 in its last steps: use `log_snr_grid` or `karras_grid` there.
+"""

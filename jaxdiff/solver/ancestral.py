@@ -1,0 +1,85 @@
+"""Ancestral sampling: q(x_s | x_t, x0) with the estimate in the place of x0, and DDIM, its family with less noise.
+
+var_ts = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2 = sigma_t^2 (1 - SNR_t / SNR_s)      (noise from s to t)
+"""
+
+from typing import Any, cast
+
+import jax.numpy as jnp
+
+from jaxdiff import process
+from jaxdiff.denoise import LearnedRange
+from jaxdiff.errors import ConfigError
+from jaxdiff.solver.base import fresh, lost_snr, no_memory, predict
+from jaxdiff.types import Array, Denoiser, Key, Noise, PyTree, Schedule, Solver
+
+_VARIANCES = {"fixed_small": 0.0, "fixed_large": 1.0, "learned_range": None}
+
+
+def ddpm(schedule: Schedule, *, variance: str = "fixed_small", noise: Noise = fresh) -> Solver:
+    """Ancestral sampling (Ho et al. 2020, Algorithm 2) over any pair of times.
+
+    `variance`: "fixed_small" is that of q(x_s | x_t, x0), "fixed_large" is var_ts (beta_t on DDPM's own grid),
+    "learned_range" needs a denoiser that returns `denoise.LearnedRange`. The step to s = 0 adds no noise.
+    Raises ConfigError for another variance.
+    """
+    if variance not in _VARIANCES:
+        raise ConfigError(f"variance must be one of {', '.join(_VARIANCES)}; got {variance!r}.")
+
+    def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
+        x0, fraction = _with_fraction(denoise(x, t), _VARIANCES[variance])
+        mean, _, _ = process.q_posterior(schedule, x0, x, t, s)
+        sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
+        # fixed small = fixed large * (sigma_s / sigma_t)^2, so a geometric mean of the two is a power of the ratio.
+        ratio = jnp.where(sigma_s > 0, sigma_s / sigma_t, 1.0)
+        std = sigma_t * jnp.sqrt(lost_snr(schedule, t, s)) * ratio ** (1 - fraction)
+        return mean + jnp.where(s > 0, std, 0.0) * noise(key, x, t, s), memory
+
+    return Solver(no_memory, step)
+
+
+def ddim(schedule: Schedule, *, eta: float = 0.0, noise: Noise = fresh) -> Solver:
+    """DDIM (Song et al. 2021, eq. 12, 16). eta = 0: deterministic, order 1; eta = 1: DDPM with fixed small variance.
+
+    Raises ConfigError unless 0 <= eta <= 1.
+    """
+    if not 0 <= eta <= 1:
+        raise ConfigError(
+            f"eta must lie in [0, 1], got {eta}. Use 0 for the deterministic sampler, 1 for DDPM's noise."
+        )
+
+    def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
+        x0, eps = predict(schedule, denoise, x, t)
+        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
+        if eta == 0:
+            return alpha_s * x0 + sigma_s * eps, memory
+        share = eta**2 * lost_snr(schedule, t, s)  # the share of sigma_s^2 that is drawn anew
+        new = noise(key, x, t, s)
+        return alpha_s * x0 + sigma_s * (jnp.sqrt(1 - share) * eps + jnp.sqrt(share) * new), memory
+
+    return Solver(no_memory, step)
+
+
+def ddim_inversion(schedule: Schedule) -> Solver:
+    """DDIM run from data to noise (Song et al. 2021, sec. 4.3); order 1. Use it with `sample.invert`.
+
+    The step from t up to s asks the network at (x_t, s): at s the noise is not zero, so clean data (t = 0) can start.
+    """
+
+    def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
+        _, eps = predict(schedule, denoise, x, s)
+        alpha_t = schedule.alpha(t)
+        x0 = (x - schedule.sigma(t) * eps) / jnp.where(alpha_t > 0, alpha_t, 1.0)
+        return schedule.alpha(s) * x0 + schedule.sigma(s) * eps, memory
+
+    return Solver(no_memory, step)
+
+
+def _with_fraction(denoised: Any, fixed: float | None) -> tuple[Array, Any]:
+    if isinstance(denoised, LearnedRange) != (fixed is None):
+        wanted, got = ("LearnedRange", "an array") if fixed is None else ("an array", "LearnedRange")
+        raise ConfigError(
+            f'this variance needs a denoiser that returns {wanted}, got {got}. Use variance="learned_range" '
+            "exactly when the denoiser returns denoise.LearnedRange(x0, fraction)."
+        )
+    return cast(LearnedRange, denoised) if fixed is None else (denoised, fixed)
