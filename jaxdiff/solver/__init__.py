@@ -12,23 +12,43 @@ Orders of convergence (deterministic ones, smooth grids): see `ORDER`. Notation 
 from collections.abc import Callable
 from functools import partial
 
-from jaxdiff.solver.ancestral import ddim, ddim_inversion, ddpm
+from jaxdiff.solver.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral_rf
 from jaxdiff.solver.base import fresh, predict
 from jaxdiff.solver.dpm import dpmpp_2m
+from jaxdiff.solver.dpm_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
 from jaxdiff.solver.runge_kutta import euler, heun
 from jaxdiff.types import Schedule, Solver
 
-__all__ = ["ALL", "ORDER", "ddim", "ddim_inversion", "ddpm", "dpmpp_2m", "euler", "fresh", "heun", "predict"]
+__all__ = [
+    "ALL",
+    "ORDER",
+    "ddim",
+    "ddim_inversion",
+    "ddpm",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m_sde",
+    "dpmpp_sde",
+    "euler",
+    "euler_ancestral_rf",
+    "fresh",
+    "heun",
+    "predict",
+]
 
 ALL: dict[str, Callable[[Schedule], Solver]] = {
     "ddpm": ddpm,
     "ddpm_large": partial(ddpm, variance="fixed_large"),
     "ddim": ddim,
     "ddim_eta1": partial(ddim, eta=1.0),
+    "euler_ancestral_rf": euler_ancestral_rf,
     "euler": euler,
     "heun": heun,
     "heun_churn": partial(heun, gamma=0.2),
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "dpmpp_3m_sde": dpmpp_3m_sde,
+    "dpmpp_sde": dpmpp_sde,
 }
 """Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""
 

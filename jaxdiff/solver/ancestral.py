@@ -1,6 +1,12 @@
-"""Ancestral sampling: q(x_s | x_t, x0) with the estimate in the place of x0, and DDIM, its family with less noise.
+"""Ancestral sampling: q(x_s | x_t, x0) with the estimate in the place of x0, and its family with less noise.
 
-var_ts = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2 = sigma_t^2 (1 - SNR_t / SNR_s)      (noise from s to t)
+    var_ts = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2 = sigma_t^2 (1 - SNR_t / SNR_s)      (noise from s to t)
+    x_s    = alpha_s x0 + sigma_s (k eps + sqrt(1 - k^2) new)                               (`base.mix`)
+
+What is called Euler ancestral is such a step too: down to a lower noise level, then up again with new noise.
+
+    k^2 = 1 - eta^2 (1 - SNR_t / SNR_s)                  ddim; the same as k-diffusion's sample_euler_ancestral
+    k   = rho_down / rho_s,   rho = sigma / alpha        euler_ancestral_rf; the level down is set on straight lines
 """
 
 from typing import Any, cast
@@ -8,9 +14,9 @@ from typing import Any, cast
 import jax.numpy as jnp
 
 from jaxdiff import process
-from jaxdiff.denoise import LearnedRange
+from jaxdiff.denoise import LearnedRange, estimate
 from jaxdiff.errors import ConfigError
-from jaxdiff.solver.base import fresh, lost_snr, no_memory, predict
+from jaxdiff.solver.base import fresh, lost_snr, mix, no_memory, predict
 from jaxdiff.types import Array, Denoiser, Key, Noise, PyTree, Schedule, Solver
 
 _VARIANCES = {"fixed_small": 0.0, "fixed_large": 1.0, "learned_range": None}
@@ -41,21 +47,35 @@ def ddpm(schedule: Schedule, *, variance: str = "fixed_small", noise: Noise = fr
 def ddim(schedule: Schedule, *, eta: float = 0.0, noise: Noise = fresh) -> Solver:
     """DDIM (Song et al. 2021, eq. 12, 16). eta = 0: deterministic, order 1; eta = 1: DDPM with fixed small variance.
 
+    At every eta it is k-diffusion's sample_euler_ancestral: that one's sigma_up is the new noise of eq. 16.
     Raises ConfigError unless 0 <= eta <= 1.
     """
-    if not 0 <= eta <= 1:
-        raise ConfigError(
-            f"eta must lie in [0, 1], got {eta}. Use 0 for the deterministic sampler, 1 for DDPM's noise."
-        )
+    _check_eta(eta)
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        x0, eps = predict(schedule, denoise, x, t)
-        alpha_s, sigma_s = schedule.alpha(s), schedule.sigma(s)
-        if eta == 0:
-            return alpha_s * x0 + sigma_s * eps, memory
-        share = eta**2 * lost_snr(schedule, t, s)  # the share of sigma_s^2 that is drawn anew
-        new = noise(key, x, t, s)
-        return alpha_s * x0 + sigma_s * (jnp.sqrt(1 - share) * eps + jnp.sqrt(share) * new), memory
+        x0 = estimate(denoise(x, t))
+        gap = jnp.log1p(-(eta**2) * lost_snr(schedule, t, s))
+        return mix(schedule, x, x0, t, s, gap, noise(key, x, t, s) if eta > 0 else jnp.zeros_like(x)), memory
+
+    return Solver(no_memory, step)
+
+
+def euler_ancestral_rf(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) -> Solver:
+    """Euler ancestral of rectified flows (ComfyUI's sample_euler_ancestral_RF); order 1 in law.
+
+    On the noise level tau = sigma / (alpha + sigma) of straight lines it goes down to
+    tau_s (1 - eta (1 - tau_s / tau_t)) and up again to tau_s. For more noise than `ddim(eta=1)`; eta = 0 is DDIM.
+    Raises ConfigError unless 0 <= eta <= 1.
+    """
+    _check_eta(eta)
+
+    def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
+        x0 = estimate(denoise(x, t))
+        alpha, sigma = schedule.alpha(s), schedule.sigma(s)
+        tau_t, tau = schedule.sigma(t) / (schedule.alpha(t) + schedule.sigma(t)), sigma / (alpha + sigma)
+        factor = 1 - eta * (1 - tau / tau_t)
+        kept = factor * (1 - tau) / (1 - tau * factor)
+        return mix(schedule, x, x0, t, s, 2 * jnp.log(kept), noise(key, x, t, s)), memory
 
     return Solver(no_memory, step)
 
@@ -73,6 +93,13 @@ def ddim_inversion(schedule: Schedule) -> Solver:
         return schedule.alpha(s) * x0 + schedule.sigma(s) * eps, memory
 
     return Solver(no_memory, step)
+
+
+def _check_eta(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise ConfigError(
+            f"eta must lie in [0, 1], got {eta}. Use 0 for the deterministic sampler, 1 for DDPM's noise."
+        )
 
 
 def _with_fraction(denoised: Any, fixed: float | None) -> tuple[Array, Any]:

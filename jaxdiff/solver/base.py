@@ -1,5 +1,6 @@
 """What the solvers share: the two things a network knows, noise from s to t, and where fresh noise comes from."""
 
+import jax
 import jax.numpy as jnp
 
 from jaxdiff import process
@@ -22,6 +23,22 @@ def predict(schedule: Schedule, denoise: Denoiser, x: Array, t: Array) -> tuple[
 def lost_snr(schedule: Schedule, t: Array, s: Array) -> Array:
     """var_ts / sigma_t^2 = 1 - SNR_t / SNR_s, without cancellation."""
     return -jnp.expm1(schedule.logsnr(t) - schedule.logsnr(s))
+
+
+def mix(schedule: Schedule, x: Array, x0: Array, t: Array, s: Array, gap: Array, new: Array) -> Array:
+    """x_s = alpha_s x0 + sigma_s (k eps + sqrt(1 - k^2) new), k^2 = exp(gap): a share of the noise in x_t stays.
+
+    Every k gives the right x_s where x0 is the data: k = 1 is DDIM, k^2 = SNR_t / SNR_s is DDPM, k = 0 all new.
+    """
+    sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
+    kept = sigma_s / jnp.where(sigma_t > 0, sigma_t, 1.0) * jnp.exp(gap / 2)
+    return kept * x + (schedule.alpha(s) - schedule.alpha(t) * kept) * x0 + sigma_s * jnp.sqrt(-jnp.expm1(gap)) * new
+
+
+def split(key: Key) -> tuple[Key, Key]:
+    """Two keys from each of (b,) keys, for a step that draws twice."""
+    both = jax.vmap(jax.random.split)(key)
+    return both[:, 0], both[:, 1]
 
 
 def fresh(key: Key, x: Array, t: Array, s: Array) -> Array:
