@@ -14,9 +14,10 @@ from functools import partial
 
 from jaxdiff.solver.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral_rf
 from jaxdiff.solver.base import fresh, predict
-from jaxdiff.solver.dpm import dpmpp_2m
+from jaxdiff.solver.dpm import dpmpp_2m, dpmpp_2s, dpmpp_3m
 from jaxdiff.solver.dpm_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
-from jaxdiff.solver.runge_kutta import euler, heun
+from jaxdiff.solver.runge_kutta import dpm2, euler, heun, midpoint
+from jaxdiff.solver.unipc import unipc
 from jaxdiff.types import Schedule, Solver
 
 __all__ = [
@@ -25,15 +26,20 @@ __all__ = [
     "ddim",
     "ddim_inversion",
     "ddpm",
+    "dpm2",
     "dpmpp_2m",
     "dpmpp_2m_sde",
+    "dpmpp_2s",
+    "dpmpp_3m",
     "dpmpp_3m_sde",
     "dpmpp_sde",
     "euler",
     "euler_ancestral_rf",
     "fresh",
     "heun",
+    "midpoint",
     "predict",
+    "unipc",
 ]
 
 ALL: dict[str, Callable[[Schedule], Solver]] = {
@@ -45,14 +51,31 @@ ALL: dict[str, Callable[[Schedule], Solver]] = {
     "euler": euler,
     "heun": heun,
     "heun_churn": partial(heun, gamma=0.2),
+    "midpoint": midpoint,
+    "dpm2": dpm2,
+    "dpmpp_2s": dpmpp_2s,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "unipc_2": unipc,
+    "unipc_3": partial(unipc, order=3),
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m_sde": dpmpp_3m_sde,
     "dpmpp_sde": dpmpp_sde,
 }
 """Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""
 
-ORDER: dict[str, int] = {"ddim": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2}
+ORDER: dict[str, int] = {
+    "ddim": 1,
+    "euler": 1,
+    "heun": 2,
+    "midpoint": 2,
+    "dpm2": 2,
+    "dpmpp_2s": 2,
+    "dpmpp_2m": 2,
+    "dpmpp_3m": 3,
+    "unipc_2": 3,
+    "unipc_3": 3,
+}
 """The order of convergence of the deterministic ones; a solver of `ALL` that is not here is stochastic.
 
 It holds where sigma and alpha are smooth in the grid. Where sigma starts like sqrt(t) (VP, cosine, DDPM's tables), a
