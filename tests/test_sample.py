@@ -1,24 +1,16 @@
-"""sample(): seeds, jit, trajectories, callbacks, refusals; and the time grids against their formulas."""
+"""sample(): seeds, jit, compilations, the count of calls, trajectories, callbacks, refusals."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff import denoise, errors, process, sample, schedule, solver, target
+from jaxdiff import denoise, errors, guide, process, sample, schedule, solver, target
+from jaxdiff.types import Solver
 from tests.oracles.gaussian import Gaussian
 
 USED = schedule.cosine()
 DATA = Gaussian(USED, 0.3, 0.25)
-SCHEDULES = {
-    "cosine": USED,
-    "ddpm_table": schedule.ddpm_table(),
-    "edm": schedule.edm(),
-    "rectified_flow": schedule.rectified_flow(),
-    "sub_vp": schedule.sub_vp(),
-    "ve": schedule.ve(),
-    "zero_terminal_snr": schedule.zero_terminal_snr(schedule.ddpm_table()),
-}
 
 
 def seeds_to_images(seeds, solve, times):
@@ -77,14 +69,74 @@ def test_jit_is_eager(name):
     )
 
 
-def test_new_seeds_times_and_noise_do_not_compile_again():
-    solve = solver.heun(USED, gamma=0.1)
-    jitted = jax.jit(lambda k, x, t: sample.sample(k, DATA.denoise, x, t, solve))
-    for seed in range(3):
-        x = process.prior(jax.random.key(seed), USED, (2, 3))
-        times = np.linspace(1.0, 0.01 * seed, 4).astype(np.float32)
-        jitted(jax.random.key(seed + 10), x, times)
-    assert jitted._cache_size() == 1
+@pytest.fixture(scope="module")
+def all_solvers():
+    """One jitted function of (key, x, times, scale): what every solver makes of them, with guidance."""
+
+    @jax.jit
+    def run(key, x, times, scale):
+        guided = guide.cfg(DATA.denoise, lambda x, t: 0.5 * DATA.denoise(x, t), scale)
+        return {name: sample.sample(key, guided, x, times, make(USED)) for name, make in solver.ALL.items()}
+
+    return run
+
+
+def compilations(function, arguments):
+    """How many programs are compiled for a list of arguments, after the first of them."""
+    heard = []
+    function(*arguments[0])
+    jax.monitoring.register_event_duration_secs_listener(hear := lambda name, *_, **__: heard.append(name))
+    try:
+        for some in arguments[1:]:
+            function(*some)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(hear)
+    return sum(name.endswith("backend_compile_duration") for name in heard)
+
+
+def test_new_seeds_noise_times_and_scales_do_not_compile_again(all_solvers):
+    given = [
+        (
+            jax.random.key(seed),
+            process.prior(jax.random.key(10 + seed), USED, (2, 3)),
+            np.linspace(1.0, 0.01 * seed, 5).astype(np.float32),
+            jnp.float32(1 + seed),
+        )
+        for seed in range(3)
+    ]
+    assert compilations(all_solvers, given) == 0
+    results = [all_solvers(*some) for some in given]
+    for name in solver.ALL:  # so all four did matter
+        assert np.isfinite(results[0][name]).all()
+        assert not np.allclose(results[0][name], results[1][name]), name
+
+
+def test_a_new_shape_or_a_scale_built_in_would_compile_again():
+    times, x = np.linspace(1.0, 0.0, 5).astype(np.float32), jnp.ones((2, 3))
+    run = jax.jit(lambda x, times: sample.sample(jax.random.key(0), DATA.denoise, x, times, solver.ddim(USED)))
+    assert compilations(run, [(x, times), (x, times[:-1])]) == 1
+    built_in = jax.jit(lambda x, scale: scale * x, static_argnums=1)
+    assert compilations(built_in, [(x, 1.0), (x, 2.0), (x, 3.0)]) == 2
+
+
+def host_calls(function, *arguments):
+    """The callbacks to the host in a function, wherever they are nested."""
+    return str(jax.make_jaxpr(function)(*arguments)).count("callback[")
+
+
+@pytest.mark.parametrize("name", solver.ALL)
+def test_sampling_is_one_scan_that_never_goes_back_to_the_host(name):
+    times, x, solve = np.linspace(1.0, 0.0, 5).astype(np.float32), jnp.ones((2, 3)), solver.ALL[name](USED)
+
+    def run(key, x, times, callback=None):
+        return sample.sample(key, DATA.denoise, x, times, solve, callback=callback)
+
+    arguments = (jax.random.key(0), x, times)
+    outer = [equation.primitive.name for equation in jax.make_jaxpr(run)(*arguments).eqns]
+    assert outer.count("scan") == 1
+    assert "while" not in outer
+    assert host_calls(run, *arguments) == 0
+    assert host_calls(lambda *given: run(*given, lambda done, total: None), *arguments) == 1  # this check can fail
 
 
 def test_trajectory_starts_at_the_noise_and_ends_at_the_result():
@@ -113,12 +165,47 @@ def test_callback_hears_of_every_step_in_order(under_jit):
     np.testing.assert_allclose(out, silent, rtol=1e-6)
 
 
-def test_function_evaluations_are_counted():
+def counted_by_hand(solve, times, denoise=None, x=None):
+    """The calls of the denoiser where every loop and branch is Python's own."""
+    calls = []
+
+    def count(x, t):
+        calls.append(t)
+        return x if denoise is None else denoise(x, t)
+
+    with jax.disable_jit():
+        sample.sample(jax.random.key(0), count, jnp.zeros((1, 1)) if x is None else x, times, solve)
+    return len(calls)
+
+
+@pytest.mark.parametrize("name", solver.ALL)
+def test_function_evaluations_are_counted(name):
+    times, solve = sample.karras_grid(USED, 3), solver.ALL[name](USED)
+    assert sample.nfe(solve, times) == counted_by_hand(solve, times) >= 3
+
+
+def test_the_counts_of_well_known_solvers():
     times = sample.karras_grid(USED, 7)
-    counts = {name: sample.nfe(make(USED), times) for name, make in solver.ALL.items()}
-    assert {n: c for n, c in counts.items() if c != 7} == {"heun": 13, "heun_churn": 13}
+    for make, calls in ((solver.ddpm, 7), (solver.ddim, 7), (solver.heun, 13), (solver.dpmpp_2m, 7)):
+        assert sample.nfe(make(USED), times) == calls
     assert sample.nfe(solver.heun(USED), times[:-1]) == 12  # never reaches sigma = 0
-    assert sample.nfe(solver.ddpm(USED, variance="learned_range"), times, learned_range=True) == 7
+    assert sample.nfe(solver.ddim(USED), sample.uniform_grid(USED, 1000)) == 1000
+    assert jax.jit(lambda x: x * sample.nfe(solver.heun(USED), times))(1.0) == 13  # also while something is traced
+
+
+def test_calls_are_counted_with_the_denoiser_given():
+    def learned(x, t):
+        return denoise.LearnedRange(x, jnp.zeros_like(x))
+
+    ranged = solver.ddpm(USED, variance="learned_range")
+    assert sample.nfe(ranged, sample.karras_grid(USED, 7), denoise=learned) == 7
+
+    def step(key, denoise, x, t, s, memory):  # as many calls as it takes, like an adaptive solver
+        return jax.lax.while_loop(lambda x: (x > 1).any(), lambda x: denoise(x, t), x), memory
+
+    halving = Solver(lambda x: (), step)
+    given = {"denoise": lambda x, t: x / 2, "x": jnp.full((2, 3), 8.0)}
+    assert sample.nfe(halving, [1.0, 0.5, 0.0], **given) == counted_by_hand(halving, [1.0, 0.5, 0.0], **given) == 3
 
 
 @pytest.mark.parametrize("name", solver.ALL)
@@ -187,75 +274,3 @@ def test_wrong_keys_shapes_and_scalars_are_refused():
         sample.sample(jax.random.key(0), lambda x, t: jnp.zeros((2, 2)), jnp.zeros((2, 1)), times, solve)
     with pytest.raises(errors.ConfigError, match="scalar"):
         sample.sample(jax.random.key(0), DATA.denoise, jnp.zeros(()), times, solve)
-
-
-@pytest.mark.parametrize("schedule_name", SCHEDULES)
-@pytest.mark.parametrize("name", sample.GRIDS)
-def test_grids_have_exactly_the_steps_asked_for(name, schedule_name):
-    for num_steps in (1, 2, 3, 40, 50, 250):
-        times = sample.GRIDS[name](SCHEDULES[schedule_name], num_steps)
-        assert times.dtype == np.float64
-        assert times.shape == (num_steps + 1,)
-        assert (times[0], times[-1]) == (1.0, 0.0)
-        assert (np.diff(times.astype(np.float32)) < 0).all()
-
-
-def test_karras_grid_is_equation_five():
-    n = np.arange(18)
-    sigmas = (80 ** (1 / 7) + n / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
-    used = schedule.edm()
-    times = sample.karras_grid(used, 18)
-    with jax.enable_x64(True):
-        np.testing.assert_allclose(used.sigma(jnp.asarray(times)), np.append(sigmas, 0), rtol=1e-10)
-
-
-def test_log_grids_are_uniform_in_log_snr():
-    for used in (schedule.edm(), schedule.rectified_flow()):
-        with jax.enable_x64(True):
-            logsnr = lambda grid: np.asarray(used.logsnr(jnp.asarray(grid)))  # noqa: E731, B023
-            ends = -2 * np.log([80, 0.002])
-            np.testing.assert_allclose(
-                logsnr(sample.log_snr_grid(used, 8))[1:-1], np.linspace(*ends, 9)[1:-1], rtol=1e-9
-            )
-            np.testing.assert_allclose(
-                logsnr(sample.exponential_grid(used, 8))[1:-1], np.linspace(*ends, 8)[1:], rtol=1e-9
-            )
-
-
-def test_respacing_visits_the_training_times():
-    table = schedule.ddpm_table()
-    grid = lambda spacing, n: sample.respaced_grid(table, n, spacing=spacing)  # noqa: E731
-    for spacing in ("leading", "linspace", "trailing"):
-        np.testing.assert_allclose(grid(spacing, 1000), np.append(table.time(np.arange(999, -1, -1)), 0), rtol=1e-12)
-    # The indices that Lin et al. (2024, table 2) and DDPM code give for 10 of 1000.
-    np.testing.assert_allclose(grid("leading", 10)[:-1], table.time(np.arange(900, -1, -100)))
-    np.testing.assert_allclose(grid("trailing", 10)[:-1], table.time(np.arange(999, 0, -100)))
-    np.testing.assert_allclose(grid("linspace", 10)[:-1], table.time(np.arange(999, -1, -111)))
-
-
-def test_a_grid_may_be_made_inside_jit():
-    inside = jax.jit(lambda x: x + jnp.asarray(sample.karras_grid(USED, 3), jnp.float32))(jnp.zeros(4))
-    np.testing.assert_allclose(inside, sample.karras_grid(USED, 3), rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", sample.GRIDS)
-@pytest.mark.parametrize("num_steps", [0, -1, 2.0, True, "3"])
-def test_bad_step_counts_are_refused(name, num_steps):
-    with pytest.raises(errors.ConfigError, match="num_steps must be an integer >= 1"):
-        sample.GRIDS[name](USED, num_steps)
-
-
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: sample.karras_grid(USED, 3, rho=0.0), "rho"),
-        (lambda: sample.karras_grid(USED, 3, sigma_min=3.0, sigma_max=2.0), "sigma_min"),
-        (lambda: sample.log_snr_grid(USED, 3, sigma_min=0.0), "sigma_min"),
-        (lambda: sample.exponential_grid(schedule.ve(), 3, sigma_min=60.0, sigma_max=70.0), "no noise level"),
-        (lambda: sample.respaced_grid(USED, 3, spacing="leadin"), "leading"),
-        (lambda: sample.respaced_grid(USED, 1001), "num_train_steps"),
-    ],
-)
-def test_bad_grid_settings_are_refused(call, words):
-    with pytest.raises(errors.ConfigError, match=words):
-        call()

@@ -1,0 +1,182 @@
+"""Sampling: noise -> scan(solver step over a decreasing grid of times) -> x0, and the grids.
+
+t_0 > t_1 > ... > t_N,    x_{n+1}, memory = step(fold_in(key, n), D, x_n, t_n, t_{n+1}, memory)
+
+>>> import jaxdiff as jd
+>>> flow = jd.schedule.rectified_flow()
+>>> times = uniform_grid(flow, 4)
+>>> times.tolist()
+[1.0, 0.75, 0.5, 0.25, 0.0]
+>>> noise = jd.process.prior(jax.random.key(0), flow, (2, 3))
+>>> x0 = sample(jax.random.key(1), lambda x, t: jnp.full_like(x, 0.5), noise, times, jd.solver.ddim(flow))
+>>> x0.tolist()  # all data of this denoiser are the point 0.5
+[[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxdiff import process
+from jaxdiff.errors import ConfigError
+from jaxdiff.sample.grids import (
+    AYS,
+    GRIDS,
+    ays_grid,
+    beta_sigma_grid,
+    beta_t_grid,
+    dynamic_shift_grid,
+    exponential_grid,
+    flow_shift_grid,
+    karras_grid,
+    log_snr_grid,
+    respaced_grid,
+    uniform_grid,
+)
+from jaxdiff.schedule import as_float
+from jaxdiff.types import Array, Denoiser, Key, Solver
+
+__all__ = [
+    "AYS",
+    "GRIDS",
+    "Callback",
+    "ays_grid",
+    "beta_sigma_grid",
+    "beta_t_grid",
+    "dynamic_shift_grid",
+    "exponential_grid",
+    "flow_shift_grid",
+    "invert",
+    "karras_grid",
+    "log_snr_grid",
+    "nfe",
+    "respaced_grid",
+    "sample",
+    "uniform_grid",
+]
+
+Callback = Callable[[int, int], Any]
+"""`callback(steps_done, num_steps)`, called on the host after each step."""
+
+
+def sample(
+    key: Key,
+    denoise: Denoiser,
+    x: Array,
+    times: Any,
+    solver: Solver,
+    *,
+    return_trajectory: bool = False,
+    callback: Callback | None = None,
+) -> Any:
+    """Draw x0 from noise: run `solver` over `times`. Works eagerly and inside your own `jax.jit`.
+
+    key: one key (example i gets fold_in(key, i)) or (b,) keys, one per example: an example then comes out the same at
+    any place of any batch. x: (b, ...), noise at times[0], see `process.prior`; arithmetic is float32 at the least.
+    times: N + 1 decreasing values in [0, 1]; as an argument of your jit they are not checked, and do not recompile.
+    Returns x (b, ...), or (x, trajectory (N + 1, b, ...)). callback(steps_done, num_steps) is called on the host.
+    Raises ConfigError for unusable times, keys, or a denoiser that changes the shape.
+    """
+    return _run(key, denoise, x, times, solver, 1, return_trajectory, callback)
+
+
+def invert(denoise: Denoiser, x: Array, times: Any, solver: Solver, *, callback: Callback | None = None) -> Array:
+    """Run a deterministic solver, e.g. `solver.ddim_inversion`, from data up to noise, over the `times` of `sample`.
+
+    x: (b, ...) at times[-1]. Returns the noise at times[0] from which `sample` leads back to x. Raises as `sample`.
+    """
+    return _run(jax.random.key(0), denoise, x, times, solver, -1, False, callback)
+
+
+def nfe(solver: Solver, times: Any, *, denoise: Denoiser | None = None, x: Array | None = None) -> int:
+    """The number of function evaluations: the calls of the denoiser by `solver` over `times`, counted by running it.
+
+    The denoiser of the count returns x as it is. Give `denoise` and `x`, (b, ...), where the number depends on them (an
+    adaptive solver), or where the answer must be a `LearnedRange`. A guided denoiser is one call, of twice the batch.
+    """
+    calls = []
+
+    def count(x: Array, t: Array) -> Any:
+        jax.debug.callback(lambda _: calls.append(1), t)  # of t, so that it runs with each call and not when traced
+        return x if denoise is None else denoise(x, t)
+
+    with jax.ensure_compile_time_eval():  # also where the caller is inside jit
+        x = jnp.zeros((1, 1), jnp.float32) if x is None else x
+        jax.block_until_ready(sample(jax.random.key(0), count, x, times, solver))
+    jax.effects_barrier()
+    return len(calls)
+
+
+def _run(
+    key: Key,
+    denoise: Denoiser,
+    x: Array,
+    times: Any,
+    solver: Solver,
+    direction: int,
+    return_trajectory: bool,
+    callback: Callback | None,
+) -> Any:
+    if jnp.ndim(x) < 1:
+        raise ConfigError(
+            "x must have shape (b, ...), got a scalar. Make noise with process.prior(key, schedule, shape)."
+        )
+    x = as_float(x)
+    times = _check_times(times, x.dtype)[::direction]
+    keys = process.example_keys(key, x.shape[0])
+    checked = _checked(denoise)
+    num_steps = times.shape[0] - 1
+
+    def body(carry: Any, step: tuple[Array, Array, Array]) -> tuple[Any, Any]:
+        (x, memory), (n, t, s) = carry, step
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
+        x, memory = solver.step(step_keys, checked, x, t, s, memory)
+        if callback is not None:
+            x = _report(callback, x, n, num_steps)
+        return (x, memory), x if return_trajectory else None
+
+    steps = (jnp.arange(num_steps), times[:-1], times[1:])
+    (last, _), xs = jax.lax.scan(body, (x, solver.init(x)), steps)
+    return (last, jnp.concatenate([x[None], xs])) if return_trajectory else last
+
+
+def _report(callback: Callback, x: Array, n: Array, num_steps: int) -> Array:
+    # The barrier ties the call to the step: without it the host may hear of steps that the device has not done yet.
+    x, n = jax.lax.optimization_barrier((x, n))
+    jax.debug.callback(lambda n: callback(int(n) + 1, num_steps), n)
+    return x
+
+
+def _checked(denoise: Denoiser) -> Denoiser:
+    def checked(x: Array, t: Array) -> Any:
+        out = denoise(x, t)
+        x0 = out[0] if isinstance(out, tuple) else out
+        if jnp.shape(x0) != x.shape:
+            raise ConfigError(
+                f"denoise(x, t) must return x0 of the shape of x, {x.shape}; got {jnp.shape(x0)}. "
+                "Make a denoiser from a network with denoise.from_net."
+            )
+        return jax.tree.map(lambda leaf: leaf.astype(x.dtype), out)
+
+    return checked
+
+
+def _check_times(times: Any, dtype: Any) -> Array:
+    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
+        raise ConfigError(
+            f"times must be one row of at least 2 times, got shape {np.shape(times)}. "
+            "Make one with sample.uniform_grid(schedule, num_steps)."
+        )
+    if not isinstance(times, Tracer):
+        # Checked as the device will see them: two times may differ in float64 and be equal in float32.
+        values = np.asarray(times).astype(dtype)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1 and (np.diff(values) < 0).all()):
+            raise ConfigError(
+                f"times must be finite, in [0, 1] and strictly decreasing (in {jnp.dtype(dtype).name}), got {values}. "
+                "Time 1 is noise and 0 is data; reverse an increasing grid with times[::-1]."
+            )
+    return jnp.asarray(times, dtype)
