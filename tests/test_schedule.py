@@ -130,6 +130,72 @@ def test_derivative(name):
     assert np.all(np.isfinite(ends))
 
 
+def _beta(t):
+    return 0.1 + t * (20 - 0.1)
+
+
+SDES = {
+    # Song et al. 2021, appendix B and C; the rest by hand from f = d log alpha/dt, g^2 = d sigma^2/dt - 2 f sigma^2.
+    "linear": lambda t: (-_beta(t) / 2, _beta(t)),
+    "sub_vp": lambda t: (-_beta(t) / 2, _beta(t) * (1 - np.exp(-(t**2) * (20 - 0.1) - 2 * t * 0.1))),
+    "ve": lambda t: (0 * t, 2 * (0.01 * 5000**t) ** 2 * np.log(5000)),
+    "edm": lambda t: (0 * t, 2 * CONTINUOUS["edm"][1](t)[1] * _edm_rate(t)),
+    "cosine": lambda t: (-_cosine_rate(t), 2 * _cosine_rate(t)),
+    "rectified_flow": lambda t: (-1 / (1 - t), 2 * t / (1 - t)),
+}
+
+
+def _edm_rate(t, low=0.002, high=80.0, rho=7):
+    k = (1 + high / low) ** (1 / rho) - 1
+    return low * rho * k * (1 + k * t) ** (rho - 1)
+
+
+def _cosine_rate(t, s=0.008):
+    return np.pi / 2 / (1 + s) * np.tan(np.pi / 2 * (t + s) / (1 + s))
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_sde_is_the_papers(name):
+    t = np.linspace(0.01, 0.99, 99)
+    with jax.enable_x64(True):
+        f, g2 = jd.schedule.sde(ALL[name], jnp.asarray(t))
+    want_f, want_g2 = SDES[name](t)
+    np.testing.assert_allclose(f, want_f, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(g2, want_g2, rtol=1e-10)
+
+
+def moment_errors(schedule, f, g2, t, h=1e-6):
+    """How far dx = f x dt + g dw is from moving the mean as alpha and the variance as sigma^2, relative."""
+    plus, minus = evaluate(schedule, jnp.asarray(t + h)), evaluate(schedule, jnp.asarray(t - h))
+    alpha, sigma, _ = (np.asarray(u) for u in evaluate(schedule, jnp.asarray(t)))
+    mean = np.asarray(plus[0] - minus[0]) / (2 * h)
+    variance = np.asarray(plus[1] ** 2 - minus[1] ** 2) / (2 * h)
+    gap = variance - (2 * f * sigma**2 + g2)
+    return np.abs(mean - f * alpha).max(), np.abs(gap / np.maximum(1, variance)).max()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sde_has_the_marginals_of_the_schedule(name):
+    """d mean/dt = f mean and d variance/dt = 2 f variance + g^2, against finite differences."""
+    schedule, t = ALL[name], np.array([0.1003, 0.4003, 0.9003])
+    with jax.enable_x64(True):
+        f, g2 = (np.asarray(u) for u in jd.schedule.sde(schedule, jnp.asarray(t)))
+        assert max(moment_errors(schedule, f, g2, t)) < 1e-6
+        assert np.all(g2 > 0)
+        assert moment_errors(schedule, f, g2 + 2 * f * schedule.sigma(jnp.asarray(t)) ** 2, t)[1] > 1e-3 or not f.any()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_sde_is_finite_at_both_ends(name):
+    """Infinite only in truth where alpha(1) = 0: there f stands for about -1/(1 - t) at the edge, 1e-6 before."""
+    f, g2 = jax.jit(lambda t: jd.schedule.sde(ALL[name], t))(jnp.array([0.0, 1.0]))
+    assert np.all(np.isfinite(f))
+    assert np.all(np.isfinite(g2))
+    assert (float(f[1]) < -1e5) == (name in NOISE_ENDS)
+    if name == "linear":
+        np.testing.assert_allclose([f[0], g2[0], f[1], g2[1]], [-0.05, 0.1, -10, 20], rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_gradients_are_finite_at_both_ends(name):
     schedule = ALL[name]

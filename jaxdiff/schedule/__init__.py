@@ -2,6 +2,7 @@
 
     logsnr(t)  = log(alpha^2 / sigma^2), clamped to +-80, decreasing in t
     inverse(l) = the t with logsnr(t) = l
+    sde        = (f, g^2) of  dx = f x dt + g dw
 
 A schedule is a frozen, hashable dataclass: close over it freely. Every method is elementwise, works under jit, and
 follows the dtype of its argument (at least float32). Where alpha or sigma has the limit 0 or 1, it is exactly that.
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxdiff.schedule.base import LOGSNR_MAX, Base, as_float, derivative, expand, require
+from jaxdiff.schedule.base import LOGSNR_MAX, Base, as_float, derivative, expand, require, sde
 from jaxdiff.schedule.families import EDM, VE, VP, Cosine, RectifiedFlow, Sigmoid, SubVP
 from jaxdiff.schedule.shifted import LogSnrShift, TimeShift
 from jaxdiff.schedule.table import Table
@@ -47,6 +48,7 @@ __all__ = [
     "linear",
     "rectified_flow",
     "scaled_linear",
+    "sde",
     "shift",
     "sigmoid",
     "sub_vp",

@@ -42,9 +42,25 @@ def derivative(schedule: Schedule, t: Array | float) -> tuple[Array, Array]:
 
     The velocity target is made of them, and so are the drift and diffusion of the SDE.
     """
+    return _rates(schedule, t)[1]
+
+
+def sde(schedule: Schedule, t: Array | float) -> tuple[Array, Array]:
+    """(f, g^2) of the SDE dx = f x dt + g dw that has the marginals x_t = alpha x0 + sigma eps.
+
+    f = d log alpha/dt, g^2 = d sigma^2/dt - 2 f sigma^2 (Kingma et al. 2021; Lu et al. 2022, section 2.1): of `vp`
+    Song's -beta/2 and beta. Finite everywhere: within 1e-6 of an end, the value at that distance is used, so that where
+    alpha(1) = 0 and the truth is infinite, f is about -1e6. For `ve`, x starts with sigma(0) of noise in it.
+    """
+    (alpha, sigma), (alpha_rate, sigma_rate) = _rates(schedule, t)
+    f = alpha_rate / alpha
+    return f, 2 * sigma * (sigma_rate - f * sigma)
+
+
+def _rates(schedule: Schedule, t: Array | float) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """(alpha, sigma) and their derivatives, at least 1e-6 from both ends."""
     t = jnp.clip(as_float(t), _EDGE, 1 - _EDGE)
-    _, tangents = jax.jvp(lambda u: (schedule.alpha(u), schedule.sigma(u)), (t,), (jnp.ones_like(t),))
-    return tangents
+    return jax.jvp(lambda u: (schedule.alpha(u), schedule.sigma(u)), (t,), (jnp.ones_like(t),))
 
 
 def safe_sqrt(u: Array) -> Array:
