@@ -5,6 +5,8 @@ our Heun (the trapezoid rule in dx = x0 dalpha + eps dsigma) is theirs; on a VP 
 same order.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from tests.oracles import witness
 torch = witness.torch
 diffusers = pytest.importorskip("diffusers", reason="needs the witness extra: torch, diffusers, k-diffusion")
 diffusers.utils.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs, with NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, with NumPy 2
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 VP, EDM, FLOW = schedule.scaled_linear(), schedule.edm(), schedule.rectified_flow()
@@ -29,72 +31,104 @@ def compare(
     scheduler.set_timesteps(num_steps)
     path = witness.theirs(scheduler, space=space, monkeypatch=monkeypatch, **step_arguments)
     nodes = [*range(0, len(path) - 1, calls), len(path) - 1]
-    assert len(nodes) == num_steps + 1
-    levels = np.asarray(witness.levels_of(scheduler))[nodes]
-    with np.errstate(divide="ignore"):
-        rhos = levels / (1 - levels) if space == "flow" else levels
+    levels = witness.levels_of(scheduler)
+    rhos = [witness.rho_of(space, levels[n]) for n in nodes]
     np.testing.assert_allclose(witness.ours(make(used), used, rhos, answer=answer), path[nodes], atol=1e-5)
 
 
-def flow_of(scheduler):
-    """Its settings for a rectified flow."""
-    return scheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+def theirs(name, **settings):
+    """A maker of their scheduler."""
+    flow = name.startswith(("FlowMatch", "LTX", "EDM"))
+    return lambda: getattr(diffusers, f"{name}Scheduler")(**({} if flow else SD), **settings)
 
 
+FLOW_2M = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+ODD = {"lower_order_final": False, "final_sigmas_type": "sigma_min"}  # no lower order before the end, no step to 0
 DETERMINISTIC = {
-    "ddim": (lambda: diffusers.DDIMScheduler(**SD, clip_sample=False), solver.ddim, VP, "vp", 1),
+    "ddim": (theirs("DDIM", clip_sample=False), solver.ddim, VP, "vp", 1),
     "ddim, v": (
-        lambda: diffusers.DDIMScheduler(
-            **SD, clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"
-        ),
-        solver.ddim,
-        VP,
-        "vp",
-        1,
+        theirs("DDIM", clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
+        solver.ddim, VP, "vp", 1,
     ),
-    "euler": (lambda: diffusers.EulerDiscreteScheduler(**SD), solver.euler, EDM, "ve", 1),
-    "euler is ddim": (lambda: diffusers.EulerDiscreteScheduler(**SD), solver.ddim, VP, "ve", 1),
-    "heun": (lambda: diffusers.HeunDiscreteScheduler(**SD), solver.heun, EDM, "ve", 2),
-    "dpmpp_2m": (lambda: diffusers.DPMSolverMultistepScheduler(**SD), solver.dpmpp_2m, VP, "vp", 1),
-    "dpmpp_2m, karras": (
-        lambda: diffusers.DPMSolverMultistepScheduler(**SD, use_karras_sigmas=True),
-        solver.dpmpp_2m,
-        VP,
-        "vp",
-        1,
+    "euler": (theirs("EulerDiscrete"), solver.euler, EDM, "ve", 1),
+    "euler is ddim": (theirs("EulerDiscrete"), solver.ddim, VP, "ve", 1),
+    "heun": (theirs("HeunDiscrete"), solver.heun, EDM, "ve", 2),
+    "heun, v": (theirs("HeunDiscrete", prediction_type="v_prediction"), solver.heun, EDM, "ve", 2),
+    "dpm2": (theirs("KDPM2Discrete"), solver.dpm2, EDM, "ve", 2),
+    "dpm2 on vp": (theirs("KDPM2Discrete"), solver.dpm2, VP, "ve", 2),
+    "dpmpp_2s": (theirs("DPMSolverSinglestep", use_exponential_sigmas=True), solver.dpmpp_2s, VP, "vp", 2),
+    "dpmpp_2m": (theirs("DPMSolverMultistep"), solver.dpmpp_2m, VP, "vp", 1),
+    "dpmpp_2m, karras": (theirs("DPMSolverMultistep", use_karras_sigmas=True), solver.dpmpp_2m, VP, "vp", 1),
+    "dpmpp_2m, sigma_min": (theirs("DPMSolverMultistep", **ODD), solver.dpmpp_2m, VP, "vp", 1),
+    "dpmpp_1": (theirs("DPMSolverMultistep", solver_order=1), solver.ddim, VP, "vp", 1),
+    "unipc, bh2": (theirs("UniPCMultistep"), solver.unipc, VP, "vp", 1),
+    "unipc, bh1": (
+        theirs("UniPCMultistep", solver_type="bh1", **ODD), partial(solver.unipc, variant="bh1"), VP, "vp", 1,
     ),
-    "edm euler": (diffusers.EDMEulerScheduler, solver.euler, EDM, "ve", 1),
-    "edm dpmpp_2m": (diffusers.EDMDPMSolverMultistepScheduler, solver.dpmpp_2m, EDM, "ve", 1),
-    "flow euler": (lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), solver.euler, FLOW, "flow", 1),
-    "flow heun": (lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0), solver.heun, FLOW, "flow", 2),
-    "flow dpmpp_2m": (lambda: flow_of(diffusers.DPMSolverMultistepScheduler), solver.dpmpp_2m, FLOW, "flow", 1),
-}
+    "unipc 3, bh2": (theirs("UniPCMultistep", solver_order=3, **ODD), partial(solver.unipc, order=3), VP, "vp", 1),
+    "unipc 3, bh1": (
+        theirs("UniPCMultistep", solver_order=3, solver_type="bh1", **ODD),
+        partial(solver.unipc, order=3, variant="bh1"), VP, "vp", 1,
+    ),
+    "edm euler": (theirs("EDMEuler"), solver.euler, EDM, "ve", 1),
+    "edm dpmpp_2m": (theirs("EDMDPMSolverMultistep"), solver.dpmpp_2m, EDM, "ve", 1),
+    "flow euler": (theirs("FlowMatchEulerDiscrete", shift=3.0), solver.euler, FLOW, "flow", 1),
+    "flow heun": (theirs("FlowMatchHeunDiscrete", shift=3.0), solver.heun, FLOW, "flow", 2),
+    "flow dpmpp_2m": (theirs("DPMSolverMultistep", **FLOW_2M), solver.dpmpp_2m, FLOW, "flow", 1),
+    "flow unipc": (theirs("UniPCMultistep", **FLOW_2M), solver.unipc, FLOW, "flow", 1),
+}  # fmt: skip
 """name -> (their scheduler, our solver, schedule, space, calls of the network a step)."""
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_a_deterministic_scheduler_has_the_same_trajectory(name):
     make_theirs, make, used, space, calls = DETERMINISTIC[name]
-    compare(make_theirs(), 20, make, used, space, calls=calls)
+    compare(make_theirs(), 20 if "ddim" in name else 21, make, used, space, calls=calls)
 
 
-@pytest.mark.parametrize("eta", [0.5, 1.0])
-def test_ddim_with_noise(eta, monkeypatch):
-    theirs = diffusers.DDIMScheduler(**SD, clip_sample=False)
-    make = lambda used: solver.ddim(used, eta=eta, noise=witness.our_noise(used))  # noqa: E731
-    compare(theirs, 10, make, VP, "vp", monkeypatch=monkeypatch, eta=eta)
+STOCHASTIC = {
+    "ddim 0.5": (theirs("DDIM", clip_sample=False), partial(solver.ddim, eta=0.5), VP, "vp", {"eta": 0.5}),
+    "ddim 1": (theirs("DDIM", clip_sample=False), partial(solver.ddim, eta=1.0), VP, "vp", {"eta": 1.0}),
+    "ddpm small": (theirs("DDPM", clip_sample=False), solver.ddpm, VP, "vp", {}),
+    "ddpm small log": (
+        theirs("DDPM", clip_sample=False, variance_type="fixed_small_log"), solver.ddpm, VP, "vp", {},
+    ),
+    "ddpm large": (
+        theirs("DDPM", clip_sample=False, variance_type="fixed_large"),
+        partial(solver.ddpm, variance="fixed_large"), VP, "vp", {},
+    ),
+    "euler ancestral is ddim 1": (
+        theirs("EulerAncestralDiscrete"), partial(solver.ddim, eta=1.0), EDM, "ve", {},
+    ),
+    "euler ancestral rf": (
+        theirs("LTXEulerAncestralRF", eta=0.6), partial(solver.euler_ancestral_rf, eta=0.6), FLOW, "flow", {},
+    ),
+    "dpmpp_2m_sde": (
+        theirs("DPMSolverMultistep", algorithm_type="sde-dpmsolver++"), solver.dpmpp_2m_sde, VP, "vp", {},
+    ),
+    "edm dpmpp_2m_sde": (
+        theirs("EDMDPMSolverMultistep", algorithm_type="sde-dpmsolver++"), solver.dpmpp_2m_sde, EDM, "ve", {},
+    ),
+}  # fmt: skip
+"""name -> (their scheduler, our solver, schedule, space, arguments of their step)."""
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
-def test_ddpm(variance, monkeypatch):
-    theirs = diffusers.DDPMScheduler(**SD, clip_sample=False, variance_type=variance)
-    ours = variance.removesuffix("_log")  # theirs are two ways to write one number
-    make = lambda used: solver.ddpm(used, variance=ours, noise=witness.our_noise(used))  # noqa: E731
-    compare(theirs, 10, make, VP, "vp", monkeypatch=monkeypatch)
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_a_stochastic_scheduler_has_the_same_trajectory(name, monkeypatch):
+    make_theirs, make, used, space, arguments = STOCHASTIC[name]
+    noisy = lambda used: make(used, noise=witness.our_noise(used))  # noqa: E731
+    compare(make_theirs(), 10, noisy, used, space, monkeypatch=monkeypatch, **arguments)
 
 
 def test_ddpm_with_a_learned_variance(monkeypatch):
-    theirs = diffusers.DDPMScheduler(**SD, clip_sample=False, variance_type="learned_range")
+    scheduler = theirs("DDPM", clip_sample=False, variance_type="learned_range")()
     make = lambda used: solver.ddpm(used, variance="learned_range", noise=witness.our_noise(used))  # noqa: E731
     answer = lambda x0: LearnedRange(x0, (witness.learned(x0, jnp) + 1) / 2)  # noqa: E731
-    compare(theirs, 10, make, VP, "vp", monkeypatch=monkeypatch, answer=answer)
+    compare(scheduler, 10, make, VP, "vp", monkeypatch=monkeypatch, answer=answer)
+
+
+def test_dpm_solver_sde_is_dpmpp_sde_where_both_halves_of_a_step_see_one_path(monkeypatch):
+    module = "diffusers.schedulers.scheduling_dpmsolver_sde"
+    monkeypatch.setattr(f"{module}.BrownianTreeNoiseSampler", lambda *_: witness.one_path())
+    make = lambda used: solver.dpmpp_sde(used, noise=witness.our_noise(used))  # noqa: E731
+    compare(theirs("DPMSolverSDE")(), 10, make, EDM, "ve", calls=2)

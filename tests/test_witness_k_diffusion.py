@@ -3,6 +3,8 @@
 All on EDM's schedule, whose space (alpha = 1) is k-diffusion's. Where they differ by a defect, the closed form decides.
 """
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,12 +34,44 @@ def compare(theirs, ours):
         ("euler", {}, solver.euler),
         ("euler", {}, solver.ddim),
         ("heun", {}, solver.heun),
+        ("dpm_2", {}, solver.dpm2),
+        ("dpmpp_2s_ancestral", {"eta": 0.0}, solver.dpmpp_2s),
         ("dpmpp_2m", {}, solver.dpmpp_2m),
+        ("dpmpp_2m_sde", {"eta": 0.0}, solver.dpmpp_2m),
     ],
 )
 def test_a_deterministic_sampler_has_the_same_trajectory(k, name, arguments, make):
     theirs = witness.k_theirs(getattr(k, f"sample_{name}"), SIGMAS, **arguments)
     compare(theirs, witness.ours(make(EDM), EDM, SIGMAS))
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize(("name", "make"), [("euler_ancestral", solver.ddim), ("dpmpp_2m_sde", solver.dpmpp_2m_sde)])
+def test_a_stochastic_sampler_has_the_same_trajectory(k, name, make, eta):
+    theirs = witness.k_theirs(getattr(k, f"sample_{name}"), SIGMAS, eta=eta, noise_sampler=witness.k_noise)
+    compare(theirs, witness.ours(make(EDM, eta=eta, noise=witness.our_noise(EDM)), EDM, SIGMAS))
+
+
+def test_dpmpp_sde_is_the_same_where_both_halves_of_a_step_see_one_path(k):
+    theirs = witness.k_theirs(k.sample_dpmpp_sde, SIGMAS, noise_sampler=witness.one_path())
+    compare(theirs, witness.ours(solver.dpmpp_sde(EDM, noise=witness.our_noise(EDM)), EDM, SIGMAS))
+
+
+def corrected_3m(k):
+    """Theirs with the one line mended that makes it of order 2: the quadratic term counts twice."""
+    source = inspect.getsource(inspect.unwrap(k.sample_dpmpp_3m_sde))
+    assert source.count("- phi_3 * d2") == 1
+    found = {}
+    exec(source.replace("- phi_3 * d2", "- 2 * phi_3 * d2"), vars(k), found)
+    return found["sample_dpmpp_3m_sde"]
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_dpmpp_3m_sde_is_the_same_but_for_half_a_term_of_theirs(k, eta):
+    ours = witness.ours(solver.dpmpp_3m_sde(EDM, eta=eta, noise=witness.our_noise(EDM)), EDM, SIGMAS)
+    arguments = {"eta": eta, "noise_sampler": witness.k_noise}
+    compare(witness.k_theirs(corrected_3m(k), SIGMAS, **arguments), ours)
+    assert np.abs(witness.k_theirs(k.sample_dpmpp_3m_sde, SIGMAS, **arguments) - ours).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["euler", "heun"])

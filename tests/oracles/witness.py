@@ -11,6 +11,7 @@ scheduler would tell it a rounded timestep: what is compared is the solver.
 
 import importlib
 import importlib.util
+import itertools
 import math
 import sys
 import types
@@ -101,11 +102,20 @@ def scales(space, level):
     return alpha, level * alpha
 
 
+def rho_of(space, level):
+    """sigma / alpha of a noise level of theirs."""
+    alpha, sigma = scales(space, level)
+    return sigma / alpha if alpha > 0 else math.inf
+
+
 def level_of(scheduler, t):
     """The noise level that the scheduler computes with at its present call."""
-    index = getattr(scheduler, "step_index", None) or 0
-    if hasattr(scheduler, "sigmas_interpol") and not scheduler.state_in_first_order:
-        return float(scheduler.sigmas_interpol[index])
+    index = getattr(scheduler, "_step_index", None) or 0
+    if not getattr(scheduler, "state_in_first_order", True):  # the second call of a step
+        if hasattr(scheduler, "sigmas_interpol"):
+            return float(scheduler.sigmas_interpol[index])
+        if hasattr(scheduler, "mid_point_sigma"):
+            return float(scheduler.mid_point_sigma)
     if hasattr(scheduler, "sigmas"):
         return float(scheduler.sigmas[index])
     kept = float(scheduler.alphas_cumprod[t])
@@ -152,7 +162,7 @@ def theirs(scheduler, *, space, monkeypatch=None, **step_arguments):
     """
     levels = levels_of(scheduler)
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
+        scheduler.set_begin_index(0)  # a timestep that occurs twice would be taken for its second place
     alpha, sigma = scales(space, levels[0])
     x = tensor(START * math.hypot(alpha, sigma))
     path = [START]
@@ -161,7 +171,7 @@ def theirs(scheduler, *, space, monkeypatch=None, **step_arguments):
             scheduler.scale_model_input(x, t)
         level = level_of(scheduler, t)
         if monkeypatch is not None:
-            noise = tensor(wave(level_log(levels[n]), level_log(levels[n + 1])))
+            noise = tensor(wave(*(level_log(rho_of(space, levels[i])) for i in (n, n + 1))))
             monkeypatch.setattr(f"{type(scheduler).__module__}.randn_tensor", lambda *_, noise=noise, **__: noise)
         output = answer(scheduler, x.double().numpy(), *scales(space, level))
         x = scheduler.step(tensor(output), t, x, **step_arguments).prev_sample
@@ -185,6 +195,23 @@ def k_sampling():
 def k_noise(sigma, sigma_next):
     """`wave` as k-diffusion's noise sampler."""
     return tensor(wave(level_log(sigma), level_log(sigma_next)))
+
+
+def one_path():
+    """`k_noise` for a method that draws for (t, m), then for the whole step (t, s), with m midway.
+
+    The second is what the draws for (t, m) and (m, s) add up to, as ours takes them.
+    """
+    calls = itertools.count()
+
+    def noise_sampler(t, s):
+        if next(calls) % 2 == 0:
+            return k_noise(t, s)
+        m = torch.sqrt(t * s)
+        first, second = s**2 / m * torch.sqrt(1 - (m / t) ** 2), s * torch.sqrt(1 - (s / m) ** 2)
+        return (first * k_noise(t, m) + second * k_noise(m, s)) / (s * torch.sqrt(1 - (s / t) ** 2))
+
+    return noise_sampler
 
 
 def k_theirs(sampler, sigmas, **arguments):
