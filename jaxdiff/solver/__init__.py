@@ -14,8 +14,10 @@ from functools import partial
 
 from jaxdiff.solver.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral_rf
 from jaxdiff.solver.base import fresh, predict
+from jaxdiff.solver.brownian import brownian_path
 from jaxdiff.solver.dpm import dpmpp_2m, dpmpp_2s, dpmpp_3m
 from jaxdiff.solver.dpm_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
+from jaxdiff.solver.multistep import deis, ipndm, lms, plms, pndm
 from jaxdiff.solver.runge_kutta import dpm2, euler, heun, midpoint
 from jaxdiff.solver.unipc import unipc
 from jaxdiff.types import Schedule, Solver
@@ -23,9 +25,11 @@ from jaxdiff.types import Schedule, Solver
 __all__ = [
     "ALL",
     "ORDER",
+    "brownian_path",
     "ddim",
     "ddim_inversion",
     "ddpm",
+    "deis",
     "dpm2",
     "dpmpp_2m",
     "dpmpp_2m_sde",
@@ -37,7 +41,11 @@ __all__ = [
     "euler_ancestral_rf",
     "fresh",
     "heun",
+    "ipndm",
+    "lms",
     "midpoint",
+    "plms",
+    "pndm",
     "predict",
     "unipc",
 ]
@@ -58,6 +66,12 @@ ALL: dict[str, Callable[[Schedule], Solver]] = {
     "dpmpp_3m": dpmpp_3m,
     "unipc_2": unipc,
     "unipc_3": partial(unipc, order=3),
+    "deis_2": partial(deis, order=2),
+    "deis_3": deis,
+    "lms": lms,
+    "plms": plms,
+    "pndm": pndm,
+    "ipndm": ipndm,
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m_sde": dpmpp_3m_sde,
     "dpmpp_sde": dpmpp_sde,
@@ -75,6 +89,12 @@ ORDER: dict[str, int] = {
     "dpmpp_3m": 3,
     "unipc_2": 3,
     "unipc_3": 3,
+    "deis_2": 2,
+    "deis_3": 3,
+    "lms": 2,
+    "plms": 2,
+    "pndm": 2,
+    "ipndm": 2,
 }
 """The order of convergence of the deterministic ones; a solver of `ALL` that is not here is stochastic.
 
