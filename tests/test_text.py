@@ -160,13 +160,27 @@ def test_depth_0_is_the_normalised_embedding():
     np.testing.assert_allclose(pooled, [x[0, :3].mean(0), x[1, 0], x[2].mean(0)], atol=1e-4)
 
 
-def test_padding_changes_nothing(deep):
-    apply, params = deep
+def test_padding_changes_nothing():
+    # In float64, since float32 rounds sums of another length otherwise: there is nothing but rounding between the two.
+    module, params = encoder(depth=2)
     longer = np.pad(IDS, ((0, 0), (0, 1)))
-    short, long = apply(params, IDS), apply(params, longer)
-    np.testing.assert_allclose(short.pooled, long.pooled, atol=1e-6)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # Flax's norm mixes in float32
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+        short, long = (jax.jit(module.clone(dtype=jnp.float64).apply)(wide, ids) for ids in (IDS, longer))
+        assert short.pooled.dtype == jnp.float64
+    np.testing.assert_allclose(short.pooled, long.pooled, atol=1e-13)
     for i, length in enumerate((3, 1, 5)):
-        np.testing.assert_allclose(short.tokens[i, :length], long.tokens[i, :length], atol=1e-6)
+        np.testing.assert_allclose(short.tokens[i, :length], long.tokens[i, :length], atol=1e-13)
+
+
+def test_what_stands_at_padded_places_changes_no_bit(deep):
+    apply, params = deep
+    other = jax.tree.map(lambda leaf: leaf, params)
+    other["params"]["positions"] = params["params"]["positions"].at[3:].add(1.0)  # row 0 is 3 words long, row 1 one
+    before, after = apply(params, IDS), apply(other, IDS)
+    np.testing.assert_array_equal(before.pooled[:2], after.pooled[:2])
+    np.testing.assert_array_equal(before.tokens[0, :3], after.tokens[0, :3])
+    assert (before.pooled[2] != after.pooled[2]).any()  # all five words of row 2 count
 
 
 def test_rows_are_independent_and_order_matters(deep):

@@ -74,11 +74,12 @@ class _Block(nn.Module):
 
 
 def _norm(x: Array, name: str) -> Array:
-    """LayerNorm with float32 statistics, whatever the compute type."""
-    return nn.LayerNorm(dtype=jnp.float32, name=name)(x.astype(jnp.float32)).astype(x.dtype)
+    """LayerNorm with statistics of at least float32, whatever the compute type."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return nn.LayerNorm(dtype=wide, name=name)(x.astype(wide)).astype(x.dtype)
 
 
 def _masked_mean(tokens: Array, mask: Array) -> Array:
-    weights = mask.astype(jnp.float32)
-    total = jnp.einsum("bld,bl->bd", tokens.astype(jnp.float32), weights)
+    weights = mask.astype(jnp.promote_types(tokens.dtype, jnp.float32))
+    total = jnp.einsum("bld,bl->bd", tokens.astype(weights.dtype), weights)
     return (total / weights.sum(axis=1, keepdims=True)).astype(tokens.dtype)
