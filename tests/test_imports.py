@@ -13,7 +13,7 @@ CHAIN = [
     {"schedule"},
     {"target"},
     {"process"},
-    {"denoise"},
+    {"denoise", "discrete"},
     {"loss"},  # beside the denoiser, but for the one helper that calls a network
     {"guide"},
     {"solver"},
