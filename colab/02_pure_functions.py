@@ -399,7 +399,7 @@ plt.show()
 #
 # - `jd.guide` has classifier-free guidance (`cfg`, `cfg_batched`), thresholding, rescaling, autoguidance and classifier
 #   guidance; `jd.solver.ALL` and `jd.sample.GRIDS` list the solvers and the time grids.
-# - `jd.loss` has weightings (`min_snr`, `p2`, `edm`, ...), time samplers and the variational bound.
+# - `jd.loss` has weightings (`min_snr`, `p2`, `edm`, ...), time samplers; `jd.likelihood` has bits/dim.
 # - `from jaxdiff import nets, train, text` gives a U-Net, a DiT, a training step with averages and checkpoints, and a
 #   small text encoder. They know no diffusion maths: take the ones you need.
 # - The notebook `01_train_and_sample` trains a text-conditioned model on pictures.

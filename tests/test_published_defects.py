@@ -3,8 +3,8 @@
 The measure: the exact denoiser of Gaussian data of variance 0.25, where a correct sampler returns 0.25.
 
 Elsewhere: an average that is never debiased (swirl-dynamics) in test_train_ema; micro-batches with one noise, gradients
-summed (md4) in test_train_step; one example that changes another (hackable_diffusion) in test_solver. Likelihoods
-(swirl-dynamics) and FID (jax-diffusion-transformer) have no counterpart here yet.
+summed (md4) in test_train_step; one example that changes another (hackable_diffusion) in test_solver; the likelihood of
+swirl-dynamics in test_likelihood. FID (jax-diffusion-transformer) has no counterpart here yet.
 """
 
 import jax

@@ -13,14 +13,15 @@ import pytest
 
 from experiments import check, cli, inputs, train, trained
 from experiments import model as models
-from jaxdiff import data, errors, guide, loss, nets, sample, schedule, solver, target, text
+from jaxdiff import data, errors, guide, likelihood, loss, nets, sample, schedule, solver, target, text
 from jaxdiff import train as training
 from tests import test_solver
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 ROOMS = {
     "Schedules": schedule, "Targets": target, "Weightings": loss, "Time samplers": loss, "Solvers": solver,
-    "Time grids": sample, "Guidance": guide, "Networks": nets, "Data": data, "Text": text, "Training": training,
+    "Time grids": sample, "Likelihood": likelihood, "Guidance": guide, "Networks": nets, "Data": data, "Text": text,
+    "Training": training,
 }  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def test_the_table_names_all_there_is():
     rows = table()
     assert rows["Schedules"] == set(models.SCHEDULES) | {"from_betas", "shift", "zero_terminal_snr"}
     assert rows["Targets"] == set(models.TARGETS)
-    assert rows["Weightings"] == set(models.WEIGHTINGS) | {"variational_bound", "hybrid"}
+    assert rows["Weightings"] == set(models.WEIGHTINGS) | {"hybrid"}
     assert rows["Time samplers"] == set(models.TIMES) | {"importance"}
     assert rows["Time grids"] == {f"{name}_grid" for name in sample.GRIDS}
     assert rows["Networks"] == set(nets.__all__)

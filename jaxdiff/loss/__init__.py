@@ -3,7 +3,7 @@
     t ~ times,  eps ~ N(0, 1),  x_t = alpha x0 + sigma eps
     loss = w(schedule, target, t) mean[(net(x_t, t) - (a x0 + b eps))^2]      the mean over all but the batch
 
-`weighting` holds the factors w, `times` the distributions of t, `bound` the variational bound and the hybrid loss.
+`weighting` holds the factors w, `times` the distributions of t, `bound` the hybrid loss and the bound's terms.
 """
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxdiff.denoise import TimeInput, call_net, check_output, time_t
 from jaxdiff.loss import bound, times, weighting
-from jaxdiff.loss.bound import Bound, as_data, batch_mean, draw, hybrid, variational_bound
+from jaxdiff.loss.bound import as_data, batch_mean, draw, hybrid
 from jaxdiff.loss.times import (
     LossHistory,
     Times,
@@ -31,7 +31,6 @@ from jaxdiff.target import encode
 from jaxdiff.types import Array, Key, Net, Schedule, Target
 
 __all__ = [
-    "Bound",
     "LossHistory",
     "Times",
     "Weighting",
@@ -57,7 +56,6 @@ __all__ = [
     "stratified",
     "times",
     "uniform",
-    "variational_bound",
     "weighting",
 ]
 

@@ -1,4 +1,6 @@
-"""The variational bound of a chain of T steps, in bits per dimension, and iDDPM's hybrid loss (Ho et al. 2020, eq. 5).
+"""The terms of the variational bound, in bits per dimension, and iDDPM's hybrid loss (Ho et al. 2020, eq. 5).
+
+The whole bound is `likelihood.bits_per_dim_bound`:
 
 bound     = L_T + sum_t L_t,       t = 1/T, 2/T, ..., 1,  s = t - 1/T
 L_T       = KL(q(x_1 | x0) || N(0, sigma_1^2))
@@ -10,60 +12,24 @@ large = sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2,   small = variance of q(x_s
 """
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.denoise import LearnedRange, TimeInput, call_net, split_variance, time_t
+from jaxdiff.denoise import TimeInput, call_net, split_variance, time_t
 from jaxdiff.errors import ConfigError
 from jaxdiff.loss.times import Times, discrete
 from jaxdiff.process import normal, q_posterior, q_sample
 from jaxdiff.schedule import as_float, expand
 from jaxdiff.target import decode, encode
-from jaxdiff.types import Array, Denoiser, Key, Net, Schedule, Target
+from jaxdiff.types import Array, Key, Net, Schedule, Target
 
 
-class Bound(NamedTuple):
-    """A variational bound and its parts, in bits per dimension."""
-
-    total: Array
-    """(b,) prior + the sum of terms."""
-    prior: Array
-    """(b,) L_T."""
-    terms: Array
-    """(T, b); row i is t = (i + 1) / T, row 0 the decoder."""
-
-
-def variational_bound(
-    key: Key, denoise: Denoiser, x0: Array, *, schedule: Schedule, T: int = 1000, fraction: float = 0.0
-) -> Bound:
-    """The bound on -log2 p(x0) per dimension by T steps of `denoise`, one random x_t at each; x0 in [-1, 1], 8 bit.
-
-    `fraction` chooses the variance: 0 DDPM's fixed small, 1 fixed large (the decoder has the small one, as in DDPM's
-    code); a denoiser that returns a `LearnedRange` brings its own. Raises ConfigError for T < 2 or a schedule with
-    sigma(0) > 0 (VE), which has no decoder step.
-    """
-    _check_chain(schedule, T)
-    x0 = as_data(x0)
-
-    def one(carry: None, index: Array) -> tuple[None, Array]:
-        t = ((index + 1) / T).astype(x0.dtype)
-        x_t = q_sample(schedule, x0, normal(jax.random.fold_in(key, index), x0.shape, x0.dtype), t)
-        answer = denoise(x_t, t)
-        x0_hat, part = answer if isinstance(answer, LearnedRange) else (answer, jnp.where(index > 0, fraction, 0))
-        return carry, term(schedule, x0, x_t, t, (index / T).astype(x0.dtype), x0_hat, fraction=part)
-
-    _, terms = jax.lax.scan(one, None, jnp.arange(T))
-    prior = prior_term(schedule, x0)
-    return Bound(prior + jnp.sum(terms, axis=0), prior, terms)
-
-
-def prior_term(schedule: Schedule, x0: Array) -> Array:
-    """KL(q(x_1 | x0) || N(0, sigma_1^2)) (b,), bits per dimension."""
+def prior_term(schedule: Schedule, x0: Array, t: Array | float = 1.0) -> Array:
+    """KL(q(x_t | x0) || N(0, sigma_t^2)) (b,), bits per dimension, for the time t at which the chain starts."""
     x0 = as_float(x0)
-    one = jnp.ones((), x0.dtype)
-    return _bits(jnp.square(x0 * expand(schedule.alpha(one) / schedule.sigma(one), x0)) / 2)
+    t = jnp.asarray(t).astype(x0.dtype)
+    return bits(jnp.square(x0 * expand(schedule.alpha(t) / schedule.sigma(t), x0)) / 2)
 
 
 def term(
@@ -71,15 +37,23 @@ def term(
 ) -> Array:
     """L_t (b,), bits per dimension, of the model's estimate x0_hat at x_t; the decoder's where sigma_s is 0."""
     x0 = as_float(x0)
+    kl, model_mean, model_log_variance = posterior_kl(schedule, x0, x_t, t, s, x0_hat, fraction=fraction)
+    decoder = decoder_nll(x0, model_mean, model_log_variance / 2)
+    return bits(jnp.where(expand(schedule.sigma(s), x0) > 0, kl, decoder))
+
+
+def posterior_kl(
+    schedule: Schedule, x0: Array, x_t: Array, t: Array, s: Array, x0_hat: Array, *, fraction: Array | float = 0.0
+) -> tuple[Array, Array, Array]:
+    """KL(q(x_s | x_t, x0) || the model's) in nats, elementwise, and the model's mean and log-variance."""
+    x0 = as_float(x0)
     x_t, x0_hat = (as_float(u).astype(x0.dtype) for u in (x_t, x0_hat))
     mean, _, log_variance = q_posterior(schedule, x0, x_t, t, s)
     model_mean, _, _ = q_posterior(schedule, x0_hat, x_t, t, s)
     small, large = (expand(u, x0) for u in variance_range(schedule, t, s))
     fraction = as_float(fraction).astype(x0.dtype)
     model_log_variance = small + (fraction if fraction.ndim == x0.ndim else expand(fraction, x0)) * (large - small)
-    kl = gaussian_kl(mean, log_variance, model_mean, model_log_variance)
-    decoder = decoder_nll(x0, model_mean, model_log_variance / 2)
-    return _bits(jnp.where(expand(schedule.sigma(s), x0) > 0, kl, decoder))
+    return gaussian_kl(mean, log_variance, model_mean, model_log_variance), model_mean, model_log_variance
 
 
 def variance_range(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
@@ -134,7 +108,7 @@ def hybrid(
 
     The second half u in [-1, 1] of the output is the variance, fraction = (u + 1) / 2; L_vlb (T times one term, bits
     per dimension) trains only it: the mean is held fixed. `times` must lie on the chain (default `discrete(T)`).
-    Raises ConfigError as `variational_bound`, and for an output of another shape.
+    Raises ConfigError for T < 2, a schedule with sigma(0) > 0 (no decoder step), or an output of another shape.
     """
     _check_chain(schedule, T)
     x0 = as_data(x0)
@@ -172,7 +146,8 @@ def batch_mean(x: Array) -> Array:
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 
-def _bits(nats: Array) -> Array:
+def bits(nats: Array) -> Array:
+    """Elementwise nats (b, ...) as bits per dimension (b,)."""
     return batch_mean(nats) / math.log(2)
 
 

@@ -126,15 +126,15 @@ def _run(
             "x must have shape (b, ...), got a scalar. Make noise with process.prior(key, schedule, shape)."
         )
     x = as_float(x)
-    times = _check_times(times, x.dtype)[::direction]
+    times = check_times(times, x.dtype)[::direction]
     keys = process.example_keys(key, x.shape[0])
-    checked = _checked(denoise)
+    denoise = checked(denoise)
     num_steps = times.shape[0] - 1
 
     def body(carry: Any, step: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         (x, memory), (n, t, s) = carry, step
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
-        x, memory = solver.step(step_keys, checked, x, t, s, memory)
+        x, memory = solver.step(step_keys, denoise, x, t, s, memory)
         if callback is not None:
             x = _report(callback, x, n, num_steps)
         return (x, memory), x if return_trajectory else None
@@ -151,8 +151,10 @@ def _report(callback: Callback, x: Array, n: Array, num_steps: int) -> Array:
     return x
 
 
-def _checked(denoise: Denoiser) -> Denoiser:
-    def checked(x: Array, t: Array) -> Any:
+def checked(denoise: Denoiser) -> Denoiser:
+    """`denoise` that answers in the dtype of x. Raises ConfigError, when called, if it changes the shape."""
+
+    def inner(x: Array, t: Array) -> Any:
         out = denoise(x, t)
         x0 = out[0] if isinstance(out, tuple) else out
         if jnp.shape(x0) != x.shape:
@@ -162,10 +164,11 @@ def _checked(denoise: Denoiser) -> Denoiser:
             )
         return jax.tree.map(lambda leaf: leaf.astype(x.dtype), out)
 
-    return checked
+    return inner
 
 
-def _check_times(times: Any, dtype: Any) -> Array:
+def check_times(times: Any, dtype: Any) -> Array:
+    """`times` as an array of `dtype`. Raises ConfigError unless decreasing, in [0, 1]; traced ones go unchecked."""
     if np.ndim(times) != 1 or np.shape(times)[0] < 2:
         raise ConfigError(
             f"times must be one row of at least 2 times, got shape {np.shape(times)}. "
