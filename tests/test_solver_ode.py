@@ -87,7 +87,7 @@ def lagrange(nodes, j):
 
 
 def transfer(x, eps, t, s):
-    """Liu et al. 2022, eq. 11, as printed, in alpha-bar."""
+    """The transfer part of Liu et al. 2022, as they print it, in alpha-bar."""
     bar_t, bar_s = alpha_sigma(t)[0] ** 2, alpha_sigma(s)[0] ** 2
     below = np.sqrt(bar_t) * (np.sqrt((1 - bar_s) * bar_t) + np.sqrt((1 - bar_t) * bar_s))
     return np.sqrt(bar_s / bar_t) * x - (bar_s - bar_t) / below * eps
@@ -186,7 +186,7 @@ def paper_unipc(order, variant):
 
 
 def paper_deis(order):
-    """Zhang & Chen 2023, eq. 14 and 15 for the VP SDE: C_j = int Psi(s, u) beta(u) / (2 sigma(u)) L_j(u) du."""
+    """Zhang & Chen 2023, tAB for the VP SDE: C_j = int Psi(s, u) beta(u) / (2 sigma(u)) L_j(u) du."""
 
     def step(x, t, s, past):
         eps = noise(x, t)

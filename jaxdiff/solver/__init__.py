@@ -12,20 +12,29 @@ Orders of convergence (deterministic ones, smooth grids): see `ORDER`. Notation 
 from collections.abc import Callable
 from functools import partial
 
+from jaxdiff.solver.adaptive import adaptive
 from jaxdiff.solver.ancestral import ddim, ddim_inversion, ddpm, euler_ancestral_rf
 from jaxdiff.solver.base import fresh, predict
 from jaxdiff.solver.brownian import brownian_path
+from jaxdiff.solver.consistency import consistency, tcd
 from jaxdiff.solver.dpm import dpmpp_2m, dpmpp_2s, dpmpp_3m
 from jaxdiff.solver.dpm_sde import dpmpp_2m_sde, dpmpp_3m_sde, dpmpp_sde
+from jaxdiff.solver.langevin import annealed_langevin, predictor_corrector
 from jaxdiff.solver.multistep import deis, ipndm, lms, plms, pndm
+from jaxdiff.solver.restart import restart
 from jaxdiff.solver.runge_kutta import dpm2, euler, heun, midpoint
+from jaxdiff.solver.sa import sa_solver
 from jaxdiff.solver.unipc import unipc
 from jaxdiff.types import Schedule, Solver
 
 __all__ = [
     "ALL",
+    "DISTILLED",
     "ORDER",
+    "adaptive",
+    "annealed_langevin",
     "brownian_path",
+    "consistency",
     "ddim",
     "ddim_inversion",
     "ddpm",
@@ -47,6 +56,10 @@ __all__ = [
     "plms",
     "pndm",
     "predict",
+    "predictor_corrector",
+    "restart",
+    "sa_solver",
+    "tcd",
     "unipc",
 ]
 
@@ -75,8 +88,15 @@ ALL: dict[str, Callable[[Schedule], Solver]] = {
     "dpmpp_2m_sde": dpmpp_2m_sde,
     "dpmpp_3m_sde": dpmpp_3m_sde,
     "dpmpp_sde": dpmpp_sde,
+    "sa_solver": sa_solver,
+    "predictor_corrector": lambda schedule: predictor_corrector(schedule, ddim(schedule, eta=1.0)),
+    "annealed_langevin": partial(annealed_langevin, step_size=0.5, moves=10),
+    "restart": lambda schedule: restart(schedule, heun(schedule), sigma_range=(0.8, 2.5)),
 }
 """Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""
+
+DISTILLED: dict[str, Callable[[Schedule], Solver]] = {"consistency": consistency, "tcd": tcd}
+"""The samplers of distilled networks (consistency functions): with a posterior mean they are not right, so not in `ALL`."""
 
 ORDER: dict[str, int] = {
     "ddim": 1,
@@ -97,6 +117,9 @@ ORDER: dict[str, int] = {
     "ipndm": 2,
 }
 """The order of convergence of the deterministic ones; a solver of `ALL` that is not here is stochastic.
+
+A multistep method is stated with its start, over equal steps: after short first steps `lms` and `unipc_3` have order 4.
+The weights of `plms`, `pndm` and `ipndm` are constant, so their steps must be equal in some smooth function of t.
 
 It holds where sigma and alpha are smooth in the grid. Where sigma starts like sqrt(t) (VP, cosine, DDPM's tables), a
 grid uniform in t down to t = 0 lowers order 2 towards 1 in its last steps: use `log_snr_grid` or `karras_grid` there.

@@ -47,7 +47,8 @@ def ddpm(schedule: Schedule, *, variance: str = "fixed_small", noise: Noise = fr
 def ddim(schedule: Schedule, *, eta: float = 0.0, noise: Noise = fresh) -> Solver:
     """DDIM (Song et al. 2021, eq. 12, 16). eta = 0: deterministic, order 1; eta = 1: DDPM with fixed small variance.
 
-    At every eta it is k-diffusion's sample_euler_ancestral: that one's sigma_up is the new noise of eq. 16.
+    At every eta it is k-diffusion's sample_euler_ancestral: that one's sigma_up is the new noise of eq. 16. At eta = 0
+    it is Euler's method in sigma / alpha, DPM-Solver-1 and DPM-Solver++(1S) too (Lu et al. 2022).
     Raises ConfigError unless 0 <= eta <= 1.
     """
     _check_eta(eta)

@@ -42,7 +42,7 @@ def lms(schedule: Schedule, *, order: int = 4) -> Solver:
 
 
 def deis(schedule: Schedule, *, order: int = 3) -> Solver:
-    """DEIS, tAB (Zhang & Chen 2023, eq. 14 and 15): eps is a polynomial in t; `order` values of it, order as many.
+    """DEIS, tAB (Zhang & Chen 2023, sec. 3): eps is a polynomial in t; `order` values of it, order as many.
 
     Its integrals over rho are done by Gauss' rule in 8 points of log-SNR. When the second call comes, the first step
     is corrected as UniC-1 does (Zhao et al. 2023): without it the order would be 2. To sigma = 0 it returns D.
@@ -65,7 +65,7 @@ def deis(schedule: Schedule, *, order: int = 3) -> Solver:
 
 
 def ipndm(schedule: Schedule, *, order: int = 4) -> Solver:
-    """iPNDM (Zhang & Chen 2023, appendix H.2): PLMS that starts with its own lower orders, one call in every step.
+    """iPNDM (Zhang & Chen 2023): PLMS that starts with its own lower orders, one call in every step.
 
     Order 2, on grids uniform in a smooth function of t: the weights are those of steps equal in rho, and the first
     step is Euler's. To sigma = 0 it returns D. Raises ConfigError unless order is 1, 2, 3 or 4.
@@ -80,7 +80,7 @@ def ipndm(schedule: Schedule, *, order: int = 4) -> Solver:
 
 
 def plms(schedule: Schedule) -> Solver:
-    """PLMS (Liu et al. 2022, eq. 12, as latent diffusion starts it): order 4 weights of Adams and Bashforth.
+    """PLMS (Liu et al. 2022, started as by latent diffusion): the weights of Adams-Bashforth, order 4.
 
     The first step is improved Euler's (two calls), then orders 2, 3, 4. Order 2 on grids uniform in a smooth function
     of t; 3 where rho itself is uniform (the weights are made for it, the start is of order 3). To sigma = 0: D.
@@ -101,7 +101,7 @@ def plms(schedule: Schedule) -> Solver:
 
 
 def pndm(schedule: Schedule) -> Solver:
-    """PNDM (F-PNDM; Liu et al. 2022, Algorithm 2): three pseudo Runge-Kutta steps of four calls each, then PLMS.
+    """PNDM (F-PNDM of Liu et al. 2022): three pseudo Runge-Kutta steps of four calls each, then PLMS.
 
     Order 2 on grids uniform in a smooth function of t, with smaller errors than `plms`. To sigma = 0 it returns D.
     """
@@ -159,7 +159,7 @@ def _adams_bashforth(schedule: Schedule, x0: Array, eps: Array, t: Array, s: Arr
 
 
 def _transfer(schedule: Schedule, x0: Array, eps: Array, slope: Array, t: Array, s: Array) -> Array:
-    """The transfer of Liu et al. 2022, eq. 11, from x_t = alpha_t x0 + sigma_t eps to s along `slope`."""
+    """The transfer part of Liu et al. 2022, from x_t = alpha_t x0 + sigma_t eps to s along `slope`."""
     alpha, sigma = schedule.alpha(s), schedule.sigma(s)
     return alpha * x0 + sigma * eps + (sigma - alpha * _rho(schedule, t)) * (slope - eps)
 

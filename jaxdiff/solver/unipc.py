@@ -24,10 +24,10 @@ _VARIANTS = ("bh1", "bh2")
 
 
 def unipc(schedule: Schedule, *, order: int = 2, variant: str = "bh2") -> Solver:
-    """UniPC-p of data prediction, p = `order` (Zhao et al. 2023, Algorithms 1 and 2); one call a step.
+    """UniPC-p of data prediction, p = `order` (Zhao et al. 2023, sec. 3, multistep); one call a step.
 
-    Order p + 1: the corrector adds one. The start climbs through UniPC-1, -2, ..., and its first step is of order 2,
-    so over equal steps from the start the whole is of order 3 for p = 2 and p = 3. To sigma = 0 it returns D.
+    Order p + 1: the corrector adds one (Theorem 3.1). The start climbs through UniPC-1, -2, ..., and its first step is
+    of order 2, so over equal steps from the start the whole is of order 3 for p = 3 too. To sigma = 0 it returns D.
     `variant`: B(h), "bh2" (for guidance too) or "bh1". Raises ConfigError for others, or another order than 2 or 3.
     """
     if order not in (2, 3) or variant not in _VARIANTS:
