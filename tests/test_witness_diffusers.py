@@ -5,6 +5,8 @@ our Heun (the trapezoid rule in dx = x0 dalpha + eps dsigma) is theirs; on a VP 
 same order.
 """
 
+import inspect
+import textwrap
 from functools import partial
 
 import jax.numpy as jnp
@@ -25,21 +27,21 @@ VP, EDM, FLOW = schedule.scaled_linear(), schedule.edm(), schedule.rectified_flo
 
 
 def compare(
-    scheduler, num_steps, make, used, space, *, calls=1, monkeypatch=None, answer=lambda x0: x0, **step_arguments
+    scheduler, num_steps, make, used, space, *, calls=1, nodes=None, begin=0, answer=lambda x0: x0, **arguments
 ):
-    """Their trajectory and ours; `calls` of the network a step, 1 in the last."""
+    """Their trajectory and ours at `nodes`, the calls of theirs that end a step: every `calls`-th, and the last."""
     scheduler.set_timesteps(num_steps)
-    path = witness.theirs(scheduler, space=space, monkeypatch=monkeypatch, **step_arguments)
-    nodes = [*range(0, len(path) - 1, calls), len(path) - 1]
-    levels = witness.levels_of(scheduler)
+    path = witness.theirs(scheduler, space=space, begin=begin, **arguments)
+    nodes = nodes or [*range(0, len(path) - 1, calls), len(path) - 1]
+    levels = witness.levels_of(scheduler)[begin:]
     rhos = [witness.rho_of(space, levels[n]) for n in nodes]
     np.testing.assert_allclose(witness.ours(make(used), used, rhos, answer=answer), path[nodes], atol=1e-5)
 
 
 def theirs(name, **settings):
     """A maker of their scheduler."""
-    flow = name.startswith(("FlowMatch", "LTX", "EDM"))
-    return lambda: getattr(diffusers, f"{name}Scheduler")(**({} if flow else SD), **settings)
+    own = name.startswith(("FlowMatch", "LTX", "EDM", "IPNDM", "CM"))
+    return lambda: getattr(diffusers, f"{name}Scheduler")(**({} if own else SD), **settings)
 
 
 FLOW_2M = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -86,6 +88,30 @@ def test_a_deterministic_scheduler_has_the_same_trajectory(name):
     compare(make_theirs(), 20 if "ddim" in name else 21, make, used, space, calls=calls)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms_is_the_same_before_its_last_step(order):
+    # To sigma = 0 theirs extrapolates, ours returns D.
+    scheduler = theirs("LMSDiscrete")()
+    compare(scheduler, 20, partial(solver.lms, order=order), EDM, "ve", nodes=list(range(20)), order=order)
+
+
+def test_plms_is_the_same_before_its_last_step():
+    scheduler = theirs("PNDM", skip_prk_steps=True)()
+    nodes = [0, *range(2, 21)]  # the second call repeats the first step
+    compare(scheduler, 20, solver.plms, VP, "vp", nodes=nodes)
+
+
+def test_pndm_is_the_same_before_its_last_step():
+    nodes = [0, 4, 8, *range(12, 29)]
+    compare(theirs("PNDM")(), 20, solver.pndm, VP, "vp", nodes=nodes)
+
+
+def test_ipndm_is_the_same_between_its_ends():
+    # It starts at alpha = 0 (see the defects) and extrapolates to sigma = 0.
+    scheduler = theirs("IPNDM")()
+    compare(scheduler, 20, solver.ipndm, VP, "vp", nodes=list(range(19)), begin=1)
+
+
 STOCHASTIC = {
     "ddim 0.5": (theirs("DDIM", clip_sample=False), partial(solver.ddim, eta=0.5), VP, "vp", {"eta": 0.5}),
     "ddim 1": (theirs("DDIM", clip_sample=False), partial(solver.ddim, eta=1.0), VP, "vp", {"eta": 1.0}),
@@ -109,6 +135,11 @@ STOCHASTIC = {
     "edm dpmpp_2m_sde": (
         theirs("EDMDPMSolverMultistep", algorithm_type="sde-dpmsolver++"), solver.dpmpp_2m_sde, EDM, "ve", {},
     ),
+    "lcm": (theirs("LCM"), solver.consistency, VP, "vp", {}),
+    "flow lcm": (theirs("FlowMatchEulerDiscrete", stochastic_sampling=True), solver.consistency, FLOW, "flow", {}),
+    "consistency": (  # theirs leaves sigma_min in the data
+        theirs("CMStochasticIterative", sigma_min=1e-6, clip_denoised=False), solver.consistency, EDM, "ve", {},
+    ),
 }  # fmt: skip
 """name -> (their scheduler, our solver, schedule, space, arguments of their step)."""
 
@@ -118,6 +149,27 @@ def test_a_stochastic_scheduler_has_the_same_trajectory(name, monkeypatch):
     make_theirs, make, used, space, arguments = STOCHASTIC[name]
     noisy = lambda used: make(used, noise=witness.our_noise(used))  # noqa: E731
     compare(make_theirs(), 10, noisy, used, space, monkeypatch=monkeypatch, **arguments)
+
+
+def test_tcd_is_the_same_before_its_last_step(monkeypatch):
+    # gamma 0.3 of times that are multiples of 1 / 100, so that nothing is rounded; theirs ends at timestep 0.
+    make = lambda used: solver.tcd(used, gamma=0.3, noise=witness.our_noise(used))  # noqa: E731
+    compare(theirs("TCD")(), 4, make, VP, "vp", nodes=[0, 1, 2, 3], monkeypatch=monkeypatch, eta=0.3)
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0])
+def test_sa_solver_is_the_same_without_its_extra_term(tau, monkeypatch):
+    # Theirs replaces an integral by h^2 / 2 at order 2, "a modification that does not influence the convergence order".
+    scheduler = theirs("SASolver", tau_func=lambda t: tau, lower_order_final=False)()
+    module = inspect.getmodule(type(scheduler))
+    for name in ("stochastic_adams_bashforth_update", "stochastic_adams_moulton_update"):
+        source, found = textwrap.dedent(inspect.getsource(getattr(module.SASolverScheduler, name))), {}
+        assert source.count("order == 2") == 1
+        exec(source.replace("order == 2", "False"), vars(module), found)
+        monkeypatch.setattr(module.SASolverScheduler, name, found[name])
+    make = lambda used: solver.sa_solver(used, tau=tau, noise=witness.our_noise(used))  # noqa: E731
+    nodes = list(range(21))  # theirs is the corrected x, from the next call on: compare the predictions
+    compare(scheduler, 20, make, VP, "vp", nodes=nodes, monkeypatch=monkeypatch)
 
 
 def test_ddpm_with_a_learned_variance(monkeypatch):

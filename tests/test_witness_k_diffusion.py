@@ -45,6 +45,13 @@ def test_a_deterministic_sampler_has_the_same_trajectory(k, name, arguments, mak
     compare(theirs, witness.ours(make(EDM), EDM, SIGMAS))
 
 
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms_is_the_same_before_its_last_step(k, order):
+    # To sigma = 0 theirs extrapolates, ours returns D.
+    theirs = witness.k_theirs(k.sample_lms, SIGMAS, order=order)
+    compare(theirs[:-1], witness.ours(solver.lms(EDM, order=order), EDM, SIGMAS)[:-1])
+
+
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 @pytest.mark.parametrize(("name", "make"), [("euler_ancestral", solver.ddim), ("dpmpp_2m_sde", solver.dpmpp_2m_sde)])
 def test_a_stochastic_sampler_has_the_same_trajectory(k, name, make, eta):

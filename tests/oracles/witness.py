@@ -110,7 +110,8 @@ def rho_of(space, level):
 
 def level_of(scheduler, t):
     """The noise level that the scheduler computes with at its present call."""
-    index = getattr(scheduler, "_step_index", None) or 0
+    index = getattr(scheduler, "_step_index", None)
+    index = (getattr(scheduler, "_begin_index", None) or 0) if index is None else index
     if not getattr(scheduler, "state_in_first_order", True):  # the second call of a step
         if hasattr(scheduler, "sigmas_interpol"):
             return float(scheduler.sigmas_interpol[index])
@@ -118,6 +119,8 @@ def level_of(scheduler, t):
             return float(scheduler.mid_point_sigma)
     if hasattr(scheduler, "sigmas"):
         return float(scheduler.sigmas[index])
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return levels_of(scheduler)[index]
     kept = float(scheduler.alphas_cumprod[t])
     return math.sqrt((1 - kept) / kept)
 
@@ -126,6 +129,8 @@ def levels_of(scheduler):
     """Their noise level before the first call and after each call."""
     if hasattr(scheduler, "sigmas"):
         return [float(sigma) for sigma in scheduler.sigmas]
+    if not hasattr(scheduler, "alphas_cumprod"):  # IPNDM's own, alpha^2 + beta^2 = 1
+        return (scheduler.betas.double() / scheduler.alphas.double()).tolist()
     kept = [float(scheduler.alphas_cumprod[t]) for t in scheduler.timesteps]
     kept.append(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
     return [math.sqrt((1 - k) / k) for k in kept]
@@ -140,11 +145,15 @@ def answer(scheduler, x, alpha, sigma):
     """What a perfect network returns to the scheduler, in its `prediction_type`."""
     x0 = exact(x, alpha, sigma)
     eps = (x - alpha * x0) / sigma
-    kind = getattr(scheduler.config, "prediction_type", "flow_prediction")
+    other = "v_prediction" if type(scheduler).__name__ == "IPNDMScheduler" else "flow_prediction"
+    kind = getattr(scheduler.config, "prediction_type", other)
     if hasattr(scheduler, "precondition_outputs"):
         data = scheduler.config.sigma_data
         total = sigma**2 + data**2
         return (x0 - data**2 / total * x) * math.sqrt(total) / (sigma * data)
+    if hasattr(scheduler, "get_scalings_for_boundary_condition"):
+        skip, out = (float(c) for c in scheduler.get_scalings_for_boundary_condition(torch.tensor(sigma)))
+        return (x0 - skip * x) / out
     value = {
         "epsilon": eps,
         "sample": x0,
@@ -155,18 +164,18 @@ def answer(scheduler, x, alpha, sigma):
     return np.concatenate([value, learned(x0)], axis=1) if with_variance else value
 
 
-def theirs(scheduler, *, space, monkeypatch=None, **step_arguments):
-    """diffusers' loop over its own timesteps: every sample it returns, in the common scale, (calls + 1, 4, 2).
+def theirs(scheduler, *, space, begin=0, monkeypatch=None, **step_arguments):
+    """diffusers' loop over its timesteps from number `begin`: every sample it returns, in the common scale.
 
     `monkeypatch` replaces their draws by `wave`.
     """
-    levels = levels_of(scheduler)
+    levels = levels_of(scheduler)[begin:]
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # a timestep that occurs twice would be taken for its second place
+        scheduler.set_begin_index(begin)  # a timestep that occurs twice would be taken for its second place
     alpha, sigma = scales(space, levels[0])
     x = tensor(START * math.hypot(alpha, sigma))
     path = [START]
-    for n, t in enumerate(scheduler.timesteps):
+    for n, t in enumerate(scheduler.timesteps[begin:]):
         if hasattr(scheduler, "scale_model_input"):
             scheduler.scale_model_input(x, t)
         level = level_of(scheduler, t)
