@@ -7,6 +7,19 @@
 Networks, data, text, training and metrics are imported by name (`from jaxdiff import nets`): this import is light.
 """
 
-from jaxdiff import denoise, errors, guide, loss, process, sample, schedule, solver, target, types
+from jaxdiff import denoise, discrete, errors, guide, likelihood, loss, process, sample, schedule, solver, target, types
 
-__all__ = ["denoise", "errors", "guide", "loss", "process", "sample", "schedule", "solver", "target", "types"]
+__all__ = [
+    "denoise",
+    "discrete",
+    "errors",
+    "guide",
+    "likelihood",
+    "loss",
+    "process",
+    "sample",
+    "schedule",
+    "solver",
+    "target",
+    "types",
+]
