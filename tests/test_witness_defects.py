@@ -288,3 +288,21 @@ def test_unipc_loses_that_order_in_its_last_steps():
         **SD, solver_order=3, final_sigmas_type="sigma_min", lower_order_final=False
     )
     assert order_of_theirs(theirs) > 2.7
+
+
+def test_the_langevin_corrector_lets_one_example_change_another(monkeypatch):
+    # Its step is made of norms that are averaged over the batch.
+    monkeypatch.setattr("diffusers.schedulers.scheduling_sde_ve.randn_tensor", lambda shape, **_: torch.ones(shape))
+    theirs = diffusers.ScoreSdeVeScheduler()
+    theirs.set_timesteps(10)
+    theirs.set_sigmas(10)
+    first, second = (
+        theirs.step_correct(-x, x).prev_sample[0] for x in (torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [9.0]]))
+    )
+    assert abs(float(first - second)) > 1e-3
+    ours = solver.predictor_corrector(EDM, solver.ddim(EDM)).step
+    run = jax.jit(lambda keys, x: ours(keys, Gaussian(EDM).denoise, x, jnp.float32(0.6), jnp.float32(0.5), ())[0])
+    first, second = (
+        run(process.example_keys(jax.random.key(0), 2), jnp.asarray(x))[0] for x in ([[1.0], [1.0]], [[1.0], [9.0]])
+    )
+    assert float(first[0]) == float(second[0])

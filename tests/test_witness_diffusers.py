@@ -6,8 +6,10 @@ same order.
 """
 
 import inspect
+import re
 import textwrap
 from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,10 @@ DETERMINISTIC = {
     "unipc 3, bh1": (
         theirs("UniPCMultistep", solver_order=3, solver_type="bh1", **ODD),
         partial(solver.unipc, order=3, variant="bh1"), VP, "vp", 1,
+    ),
+    "deis 2": (  # theirs is a polynomial in log rho, which is the t of VE
+        theirs("DEISMultistep", solver_order=2),
+        partial(solver.deis, order=2), schedule.ve(), "vp", 1,
     ),
     "edm euler": (theirs("EDMEuler"), solver.euler, EDM, "ve", 1),
     "edm dpmpp_2m": (theirs("EDMDPMSolverMultistep"), solver.dpmpp_2m, EDM, "ve", 1),
@@ -172,6 +178,12 @@ def test_sa_solver_is_the_same_without_its_extra_term(tau, monkeypatch):
     compare(scheduler, 20, make, VP, "vp", nodes=nodes, monkeypatch=monkeypatch)
 
 
+def test_the_comparison_sees_a_thousandth_of_the_noise(monkeypatch):
+    make = lambda used: solver.ddim(used, eta=0.999, noise=witness.our_noise(used))  # noqa: E731
+    with pytest.raises(AssertionError, match="Mismatched"):
+        compare(theirs("DDIM", clip_sample=False)(), 10, make, VP, "vp", monkeypatch=monkeypatch, eta=1.0)
+
+
 def test_ddpm_with_a_learned_variance(monkeypatch):
     scheduler = theirs("DDPM", clip_sample=False, variance_type="learned_range")()
     make = lambda used: solver.ddpm(used, variance="learned_range", noise=witness.our_noise(used))  # noqa: E731
@@ -184,3 +196,16 @@ def test_dpm_solver_sde_is_dpmpp_sde_where_both_halves_of_a_step_see_one_path(mo
     monkeypatch.setattr(f"{module}.BrownianTreeNoiseSampler", lambda *_: witness.one_path())
     make = lambda used: solver.dpmpp_sde(used, noise=witness.our_noise(used))  # noqa: E731
     compare(theirs("DPMSolverSDE")(), 10, make, EDM, "ve", calls=2)
+
+
+def test_every_solver_is_compared_or_has_no_counterpart():
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_witness_*.py"))
+    compared = set(re.findall(r"\bsolver\.(\w+)", sources))
+    helpers = {"ALL", "ORDER", "DISTILLED", "fresh", "predict", "brownian_path"}
+    without = {
+        "midpoint",  # midway in t, not in log-SNR: that is dpm2
+        "adaptive",  # Diffrax's step sizes
+        "annealed_langevin",
+        "restart",
+    }
+    assert set(solver.__all__) - helpers - compared == without

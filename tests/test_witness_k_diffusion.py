@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff import process, sample, schedule, solver
+from jaxdiff import likelihood, process, sample, schedule, solver
 from tests.oracles import witness
+from tests.oracles.gaussian import Mixture
 
 torch = witness.torch
 EDM = schedule.edm()
@@ -114,3 +115,27 @@ def test_the_vp_schedule_is_the_same(k):
         rho = jnp.exp(-schedule.vp().logsnr(jnp.asarray(t)) / 2)
     theirs = k.get_sigmas_vp(20)[:-1].double()
     np.testing.assert_allclose(rho**2, theirs**2, rtol=2e-6, atol=2e-7)  # theirs is exp(u) - 1 in float32
+
+
+def test_the_likelihood_is_the_same_and_the_truth(k):
+    # In one dimension their random divergence (a sign, twice) is the divergence itself. Data: a mixture at 0.02.
+    weights, means, variances = (0.3, 0.7), (-0.7, 0.3), (0.04, 0.09)
+    w, m, v = (torch.tensor(row, dtype=torch.float64) for row in (weights, means, variances))
+
+    def log_components(x, sigma):
+        return w.log() + torch.distributions.Normal(m, (v + sigma**2).sqrt()).log_prob(x)
+
+    def denoise(x, sigma):
+        sigma = sigma.reshape(-1, 1)
+        return (log_components(x, sigma).softmax(1) * (m + v / (v + sigma**2) * (x - m))).sum(1, keepdim=True)
+
+    x = np.linspace(-1.5, 1.5, 7)[:, None]
+    truth = log_components(torch.from_numpy(x), torch.tensor(0.02)).logsumexp(1).numpy()
+    theirs, _ = k.log_likelihood(denoise, torch.from_numpy(x), 0.02, 80.0, atol=1e-7, rtol=1e-7)
+    with jax.enable_x64(True):
+        data = Mixture(EDM, weights, tuple((mean,) for mean in means), variances)
+        times = witness.times_of(EDM, np.geomspace(80.0, 0.02, 81))
+        run = jax.jit(lambda x: likelihood.log_prob(jax.random.key(0), data.denoise, x, times, schedule=EDM))
+        ours = np.asarray(run(jnp.asarray(x)))
+    np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-5)
+    np.testing.assert_allclose(ours, truth, atol=1e-3)  # the prior is N(0, 80^2), not the data's own law at 80
