@@ -1,5 +1,6 @@
 """Solvers against closed forms: order of convergence, moments, exact ends, independence of rows, every step count."""
 
+import functools
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from jaxdiff import errors, process, sample, schedule, solver
 from jaxdiff.denoise import LearnedRange
 from jaxdiff.types import Solver
+from tests.oracles import judge, product
 from tests.oracles.gaussian import Gaussian
 from tests.oracles.sampling import MEAN, VARIANCE, deviations, draw, order, smooth_grid
 
@@ -40,10 +42,34 @@ def noise(used, shape, seed=0):
     return process.prior(jax.random.key(seed), used, shape)
 
 
+@pytest.mark.parametrize("name", solver.ALL)
+def test_the_judge_finds_nothing_wrong(name):
+    assert judge.judge(solver.ALL[name], judge.stated(name)) == []
+
+
+@functools.cache
+def orders(make):
+    """The order of convergence on each of SMOOTH, on Gaussian data of three variances, by one compilation."""
+    mean, variance = (0.3, -0.5, 0.1), (0.25, 1.0, 0.06)
+    x, errors, schedules = np.random.default_rng(0).normal(size=(4, 3)), {}, tuple(SMOOTH.values())
+    with jax.enable_x64(True):
+        run = jax.jit(product.walk(make, schedules, lambda used, _: Gaussian(used, mean, variance).denoise))
+        for (i, (name, used)), num_steps in itertools.product(enumerate(SMOOTH.items()), (256, 512)):
+            times = np.append(smooth_grid(used, num_steps, 2.5), np.zeros(512 - num_steps))
+            start = x * float(used.sigma(jnp.asarray(times[0])))
+            end = run(i, (), np.arange(4), x, times, product.tables(schedules, times), num_steps)
+            exact = Gaussian(used, mean, variance).flow(start, times[0], times[num_steps])
+            errors.setdefault(name, []).append(float(jnp.abs(end - exact).max()))
+    return {name: np.log2(coarse / fine) for name, (coarse, fine) in errors.items()}
+
+
 @pytest.mark.parametrize("schedule_name", SMOOTH)
 @pytest.mark.parametrize("name", solver.ORDER)
 def test_order_of_convergence(name, schedule_name):
-    assert order(solver.ALL[name], SMOOTH[schedule_name]) == pytest.approx(solver.ORDER[name], abs=0.15)
+    stated = judge.stated(name)
+    assert stated.order == solver.ORDER[name]
+    found = orders(solver.ALL[name])[schedule_name]
+    assert solver.ORDER[name] - 0.15 <= found <= (stated.most or solver.ORDER[name]) + 0.15
 
 
 @pytest.mark.parametrize("schedule_name", ["cosine", "edm"])
@@ -158,35 +184,14 @@ def test_inversion_follows_the_flow_to_noise_and_back_with_order_one():
     assert np.log2(back[0] / back[1]) == pytest.approx(1, abs=0.15)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_finite_and_rows_apart_for_every_solver_and_step_count(name):
-    used = EVERY[name]
-    data = Gaussian(used, MEAN, VARIANCE)
-    solvers = {key: make(used) for key, make in solver.ALL.items()}
-
-    @jax.jit  # one step of all solvers: one compilation serves every grid
-    def step(keys, n, t, s, states):
-        out = {}
-        for i, (key, (x, memory)) in enumerate(states.items()):
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, n * len(states) + i)
-            out[key] = solvers[key].step(own, data.denoise, x, t, s, memory)
-        return out
-
-    def run(keys, x, num_steps):
-        times = jnp.asarray(sample.uniform_grid(used, num_steps), jnp.float32)
-        states = {key: (x, each.init(x)) for key, each in solvers.items()}
-        for n in range(num_steps):
-            states = step(keys, jnp.int32(n), times[n], times[n + 1], states)
-        return {key: np.asarray(x) for key, (x, _) in states.items()}
-
-    keys, x = some_keys(3), noise(used, (3, 2))
-    other_keys = jnp.concatenate([keys[:1], some_keys(2, 2)])
-    for num_steps in (1, 2, 3, 50):
-        one = run(keys, x, num_steps)
-        other = run(other_keys, x * jnp.asarray([[1.0], [5.0], [-3.0]]), num_steps)
-        for key, value in one.items():
-            assert np.isfinite(value).all(), (key, num_steps)
-            np.testing.assert_array_equal(value[0], other[key][0], err_msg=f"{key}, {num_steps} steps")
+@pytest.mark.parametrize("name", solver.ALL)
+def test_finite_and_rows_apart_on_every_schedule_and_target_at_every_step_count(name):
+    """In float32, with a network of float32 and with one of bfloat16."""
+    ends, cases = product.sweep(solver.ALL[name], tuple(EVERY.values()), (1, 2, 3, 50))
+    for one, other in ends:
+        for end, (i, k, half) in zip(one, cases, strict=True):
+            assert np.isfinite(end).all(), (list(EVERY)[i], product.TARGETS[k].name, "bfloat16" * half)
+        np.testing.assert_array_equal(one[:, 0], other[:, 0])
 
 
 @pytest.mark.parametrize("name", solver.ALL)

@@ -85,7 +85,10 @@ class Gaussian:
 
 @dataclass(frozen=True)
 class Mixture:
-    """x0 ~ sum_k weights_k N(means_k, variances_k I); x is (b, d). means: tuple of k tuples of d numbers."""
+    """x0 ~ sum_k weights_k N(means_k, variances_k I); x is (b, d). means: tuple of k tuples of d numbers.
+
+    variances: k numbers; k tuples of d numbers are diagonals.
+    """
 
     schedule: Any
     weights: tuple[float, ...]
@@ -96,7 +99,8 @@ class Mixture:
         """Per component: (log w_k p_k(x_t) (b, k), E[x0 | x_t, k] (b, k, d))."""
         x = x[:, None, :]
         alpha, sigma = column(self.schedule.alpha(t), x), column(self.schedule.sigma(t), x)
-        means, variances = jnp.asarray(self.means, x.dtype)[None], jnp.asarray(self.variances, x.dtype)[None, :, None]
+        means, variances = jnp.asarray(self.means, x.dtype)[None], jnp.asarray(self.variances, x.dtype)
+        variances = (variances[:, None] if variances.ndim == 1 else variances)[None]
         total = alpha**2 * variances + sigma**2
         delta = x - alpha * means
         log_p = (-(delta**2) / total - jnp.log(2 * jnp.pi * total)).sum(-1) / 2

@@ -1,0 +1,248 @@
+"""Sabotage: break one thing in a solver; does the judge notice? `python -m tests.oracles.sabotage [FILE ...]`.
+
+A mutant is the source of one file of jaxdiff/solver with one change: a number, an operator, a dropped term or factor, a
+comparison, t for s, alpha for sigma, a function of jnp, a branch of `where`. The package is imported anew with it, and
+the judge looks at the solvers that run the changed function, until it complains of one. Arguments' checks and their
+messages are left alone: they have tests of their own. Mutants that change nothing are named in `EQUIVALENT`, with the
+reason.
+"""
+
+import ast
+import contextlib
+import copy
+import functools
+import importlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jaxdiff
+from jaxdiff import solver
+from tests.oracles import judge
+
+ROOM = Path(jaxdiff.__file__).parent / "solver"
+PACKAGE = "jaxdiff.solver"
+LIMIT = 120  # seconds for one solver; who takes longer is caught
+
+EQUIVALENT: dict[str, str] = {}
+"""A mutant, as `Mutant.name` gives it, to why it is the same solver."""
+
+SWAPS: dict[str, tuple[str, ...]] = {
+    "t": ("s",), "s": ("t",), "alpha": ("sigma",), "sigma": ("alpha",), "alpha_t": ("alpha_s",),
+    "alpha_s": ("alpha_t",), "sigma_t": ("sigma_s",), "sigma_s": ("sigma_t",), "x0": ("eps",), "eps": ("x0",),
+    "exp": ("expm1",), "expm1": ("exp",), "log1p": ("log",), "log": ("log1p",), "sqrt": ("square",),
+    "square": ("sqrt",), "maximum": ("minimum",), "minimum": ("maximum",), "zeros_like": ("ones_like",),
+    "zeros": ("ones",), "inf": ("e",),
+}  # fmt: skip
+OPERATORS: dict[type, tuple[type, ...]] = {
+    ast.Add: (ast.Sub,), ast.Sub: (ast.Add,), ast.Mult: (ast.Div,), ast.Div: (ast.Mult,),
+    ast.Gt: (ast.LtE, ast.GtE), ast.Lt: (ast.GtE, ast.LtE), ast.GtE: (ast.Lt, ast.Gt), ast.LtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.And: (ast.Or,), ast.Or: (ast.And,),
+    ast.BitAnd: (ast.BitOr,), ast.BitOr: (ast.BitAnd,),
+}  # fmt: skip
+
+
+class Mutant(NamedTuple):
+    """One change: `name` says it, `file` is the changed one, `function` the function it is in, `source` its text."""
+
+    name: str
+    file: str
+    function: str
+    source: str
+
+
+def mutants(file: str) -> list[Mutant]:
+    """All mutants of a file of the room, in the order of its source."""
+    tree, found, seen = ast.parse((ROOM / file).read_text(encoding="utf-8")), [], {}
+    nodes = list(_changeable(tree, ""))
+    for index, (function, node) in enumerate(nodes):
+        for number in range(len(list(_changes(node)))):
+            changed = copy.deepcopy(tree)
+            target = list(_changeable(changed, ""))[index][1]
+            new = list(_changes(target))[number]
+            text = f"{file}: {function}: {ast.unparse(node)} -> {ast.unparse(new)}"
+            seen[text] = seen.get(text, 0) + 1
+            name = text if seen[text] == 1 else f"{text} ({seen[text]})"
+            found.append(Mutant(name, file, function, ast.unparse(_replaced(changed, target, new))))
+    return found
+
+
+def _changeable(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
+    """(function, expression) of all expressions that compute: no imports, annotations, checks or docstrings."""
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "names", "decorator_list"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or _is_check(child) or _is_alias(child):
+                continue
+            inside = child.name if isinstance(child, ast.FunctionDef) and not function else function
+            if isinstance(child, ast.expr):
+                yield inside, child
+            yield from _changeable(child, inside)
+
+
+def _is_check(node: ast.AST) -> bool:
+    refuses = isinstance(node, ast.If) and any(isinstance(inner, ast.Raise) for inner in node.body)
+    named = isinstance(node, ast.FunctionDef) and node.name.startswith("_check")
+    called = isinstance(node, ast.Expr) and "_check" in ast.unparse(node)
+    return refuses or named or called or isinstance(node, ast.Raise | ast.Import | ast.ImportFrom)
+
+
+def _is_alias(node: ast.AST) -> bool:
+    return isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias"
+
+
+def _changes(node: ast.expr) -> Iterator[ast.expr]:
+    """The expressions to put in the place of `node`."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        yield ast.Constant(node.value + 1 if isinstance(node.value, int) else node.value * 1.1 + 0.01)
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        yield from (ast.Name(other, ast.Load()) for other in SWAPS.get(node.id, ()))
+    if isinstance(node, ast.Attribute):
+        for other in SWAPS.get(node.attr, ()):
+            yield ast.Attribute(node.value, other, ast.Load())
+    if isinstance(node, ast.BinOp | ast.BoolOp):
+        yield from (_with(node, op=other()) for other in OPERATORS.get(type(node.op), ()))
+    if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.Pow | ast.BitOr):
+        yield from (node.left, node.right)
+    if isinstance(node, ast.Compare):
+        yield from (_with(node, ops=[other()]) for other in OPERATORS.get(type(node.ops[0]), ()))
+    if isinstance(node, ast.UnaryOp):
+        yield node.operand
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "jnp.where":
+        yield from node.args[1:]
+
+
+def _with(node: Any, **fields: Any) -> Any:
+    changed = copy.copy(node)
+    for name, value in fields.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def _replaced(tree: ast.AST, target: ast.AST, new: ast.AST) -> ast.AST:
+    class Replace(ast.NodeTransformer):
+        def visit(self, node):
+            return new if node is target else self.generic_visit(node)
+
+    return ast.fix_missing_locations(Replace().visit(tree))
+
+
+@contextlib.contextmanager
+def package(mutant: Mutant | None) -> Iterator[Any]:
+    """`jaxdiff.solver` imported anew, with the mutant in the place of its file."""
+    own = {name: module for name, module in sys.modules.items() if (name + ".").startswith(PACKAGE + ".")}
+    for name in own:
+        del sys.modules[name]
+    finder = _Finder(mutant) if mutant else None
+    try:
+        if finder:
+            sys.meta_path.insert(0, finder)
+        yield importlib.import_module(PACKAGE)
+    finally:
+        if finder:
+            sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if (name + ".").startswith(PACKAGE + ".")]:
+            del sys.modules[name]
+        sys.modules.update(own)
+        jaxdiff.solver = own[PACKAGE]
+
+
+class _Finder:
+    """Finds the changed module before the file system does."""
+
+    def __init__(self, mutant: Mutant):
+        self.mutant, self.name = mutant, f"{PACKAGE}.{mutant.file.removesuffix('.py')}"
+
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        exec(compile(self.mutant.source, self.mutant.file, "exec"), module.__dict__)
+
+
+@functools.cache
+def users() -> dict[tuple[str, str], list[str]]:
+    """(file, function) -> the names of the solvers that may run it, those that are judged fastest first."""
+    calls = {path.name: _calls(path) for path in sorted(ROOM.glob("[!_]*.py"))}
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in sorted(solver.ALL, key=lambda name: name not in solver.ORDER):
+        make = solver.ALL[name]
+        plain = make.func if isinstance(make, functools.partial) else make
+        todo = {plain.__name__} if plain.__name__ != "<lambda>" else set(plain.__code__.co_names)
+        reached = {(file, top) for file, tops in calls.items() for top in tops if top in todo}
+        while True:
+            more = {key for file, top in reached for key in _callees(calls, file, calls[file][top])} - reached
+            if not more:
+                break
+            reached |= more
+        for key in reached:
+            found.setdefault(key, []).append(name)
+    return found
+
+
+def _calls(path: Path) -> dict[str, set[str]]:
+    """function -> all names in it."""
+    tops = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
+    return {top.name: {node.id for node in ast.walk(top) if isinstance(node, ast.Name)} for top in tops}
+
+
+def _callees(calls, file: str, names: set[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        homes = [file] if name in calls[file] else [other for other, tops in calls.items() if name in tops]
+        yield from ((home, name) for home in homes)
+
+
+def verdict(mutant: Mutant) -> str | None:
+    """The first complaint about any solver that runs the mutant, or None: it lives."""
+    names = users().get((mutant.file, mutant.function), [])
+    if not mutant.function:
+        names = list(dict.fromkeys(name for (file, _), some in users().items() if file == mutant.file for name in some))
+
+    def too_long(*_):
+        raise TimeoutError
+
+    for name in names:
+        before = signal.signal(signal.SIGALRM, too_long)
+        signal.alarm(LIMIT)
+        try:
+            with package(mutant) as solvers:
+                complaint = next(judge.complaints(solvers.ALL[name], judge.stated(name)), None)
+        except Exception as error:  # whatever a mutant does, it is caught
+            complaint = f"{type(error).__name__}: {error}"
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, before)
+        if complaint:
+            return f"{name}: {complaint}".splitlines()[0][:160]
+    return None
+
+
+def files() -> list[str]:
+    """The files of the room that hold solvers of `solver.ALL`."""
+    return sorted({file for file, _ in users()})
+
+
+def main(names: list[str]) -> None:
+    """Judge all mutants of the files and print who lives, and the share caught."""
+    total = caught = 0
+    for file in names or files():
+        for mutant in mutants(file):
+            if mutant.name in EQUIVALENT:
+                continue
+            words = verdict(mutant)
+            total, caught = total + 1, caught + bool(words)
+            print(f"caught  {mutant.name}  [{words}]" if words else f"LIVES   {mutant.name}", flush=True)
+    print(f"{caught} of {total} caught, {caught / max(total, 1):.1%}; {len(EQUIVALENT)} are named as equivalent")
+
+
+if __name__ == "__main__":
+    from tests import conftest
+
+    assert conftest
+    main(sys.argv[1:])
