@@ -32,7 +32,7 @@ def dpmpp_2m_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
         x0_prev, h_prev = memory
         h = half_logsnr_step(schedule, t, s)
-        weight = jnp.where(schedule.sigma(s) > 0, _over(h, 2 * h_prev), 0.0)
+        weight = jnp.where(schedule.sigma(s) > 0, over(h, 2 * h_prev), 0.0)
         x0 = estimate(denoise(x, t))
         x = mix(schedule, x, x0 + weight * (x0 - x0_prev), t, s, -2 * eta * h, noise(key, x, t, s))
         return x, (x0, h)
@@ -56,8 +56,8 @@ def dpmpp_3m_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) 
         x0_1, x0_2, h_1, h_2 = memory
         h = half_logsnr_step(schedule, t, s)
         x0 = estimate(denoise(x, t))
-        slope = _over(x0 - x0_1, h_1)
-        bend = jnp.where(h_2 > 0, _over(slope - _over(x0_1 - x0_2, h_2), h_1 + h_2), 0.0)
+        slope = over(x0 - x0_1, h_1)
+        bend = jnp.where(h_2 > 0, over(slope - over(x0_1 - x0_2, h_2), h_1 + h_2), 0.0)
         of_v, of_v2 = moments((1 + eta) * h)
         higher = of_v * h * (slope + h_1 * bend) + of_v2 * h**2 * bend  # D(v) = x0 + slope h v + bend h v (h v + h_1)
         x_s = mix(schedule, x, x0, t, s, -2 * eta * h, noise(key, x, t, s))
@@ -77,15 +77,15 @@ def dpmpp_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) -> 
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
         key_1, key_2 = split(key)
+        m = schedule.inverse((schedule.logsnr(t) + schedule.logsnr(s)) / 2)
+        gap_1, gap_2 = (-2 * eta * half_logsnr_step(schedule, *part) for part in ((t, m), (m, s)))
+        new_1, new_2 = noise(key_1, x, t, m), noise(key_2, x, m, s)
         x0 = estimate(denoise(x, t))
 
         def twice() -> Array:
-            m = schedule.inverse((schedule.logsnr(t) + schedule.logsnr(s)) / 2)
-            gap_1, gap_2 = (-2 * eta * half_logsnr_step(schedule, *part) for part in ((t, m), (m, s)))
-            new = noise(key_1, x, t, m)
-            x0_m = estimate(denoise(mix(schedule, x, x0, t, m, gap_1, new), m))
-            x_m = mix(schedule, x, x0_m, t, m, gap_1, new)
-            return mix(schedule, x_m, x0_m, m, s, gap_2, noise(key_2, x, m, s))
+            x0_m = estimate(denoise(mix(schedule, x, x0, t, m, gap_1, new_1), m))
+            x_m = mix(schedule, x, x0_m, t, m, gap_1, new_1)
+            return mix(schedule, x_m, x0_m, m, s, gap_2, new_2)
 
         return jax.lax.cond(schedule.sigma(s) > 0, twice, lambda: schedule.alpha(s) * x0), memory
 
@@ -99,11 +99,11 @@ def half_logsnr_step(schedule: Schedule, t: Array, s: Array) -> Array:
 
 def moments(a: Array) -> tuple[Array, Array]:
     """int_0^1 a e^(-a (1 - v)) v^k dv for k = 1, 2 and a > 0; finite at a = 0."""
-    first = 1 + _over(jnp.expm1(-a), a)
-    return first, 1 - _over(2 * first, a)
+    first = 1 + over(jnp.expm1(-a), a)
+    return first, 1 - over(2 * first, a)
 
 
-def _over(a: Array, b: Array) -> Array:
+def over(a: Array, b: Array) -> Array:
     """a / b, and 0 where b is 0."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
