@@ -96,7 +96,7 @@ ALL: dict[str, Callable[[Schedule], Solver]] = {
 """Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""
 
 DISTILLED: dict[str, Callable[[Schedule], Solver]] = {"consistency": consistency, "tcd": tcd}
-"""The samplers of distilled networks (consistency functions): with a posterior mean they are not right, so not in `ALL`."""
+"""The samplers of distilled networks (consistency functions). With a posterior mean they are wrong: so not in `ALL`."""
 
 ORDER: dict[str, int] = {
     "ddim": 1,
