@@ -31,7 +31,7 @@ def no_past(x: Array, count: int) -> Past:
 def remember(past: Past, node: Array, value: Array) -> Past:
     """`past` with one more value; the oldest is forgotten."""
     nodes, values = past
-    return (node, *nodes[:-1]), (value, *values[:-1])
+    return (node, *nodes)[: len(nodes)], (value, *values)[: len(values)]
 
 
 def phi(h: Array, count: int) -> list[Array]:
