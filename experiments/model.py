@@ -22,7 +22,7 @@ from experiments import cli
 from experiments.configs import Config
 from jaxdiff import data, denoise, guide, loss, nets, process, sample, schedule, solver, target, text, train
 from jaxdiff.errors import ConfigError
-from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Target
+from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver, Target
 
 SCHEDULES = {
     "linear": schedule.linear,
@@ -268,8 +268,7 @@ def sampler(model: Model, settings: Config) -> Callable[..., Array]:
         raise ConfigError(f"scale must be a finite number >= 0, got {scale}. 1 is no guidance, 4 is usual.")
     if scale != 1 and model.condition == "none":
         raise ConfigError(f"scale={scale} needs a condition to guide towards, and this model has none. Use scale 1.")
-    given = cli.call("sample.solver", settings.solver, solver.ALL, schedule=model.schedule)
-    times = cli.call("sample.grid", settings.grid, sample.GRIDS, schedule=model.schedule, num_steps=settings.steps)
+    given, times = _solver_and_times(model, settings)
 
     def run(params: PyTree, keys: Key, cond: dict[str, Array], null: dict[str, Array]) -> Array:
         keys = jax.vmap(jax.random.split)(keys)
@@ -280,6 +279,17 @@ def sampler(model: Model, settings: Config) -> Callable[..., Array]:
         return sample.sample(keys[:, 1], denoiser, noise, times, given)
 
     return run
+
+
+def evaluations(model: Model, settings: Config) -> int:
+    """The network evaluations of one picture, counted: calls of the denoiser, twice where guidance has two sides."""
+    return sample.nfe(*_solver_and_times(model, settings)) * (1 if settings.scale in (0, 1) else 2)
+
+
+def _solver_and_times(model: Model, settings: Config) -> tuple[Solver, np.ndarray]:
+    given = cli.call("sample.solver", settings.solver, solver.ALL, schedule=model.schedule)
+    times = cli.call("sample.grid", settings.grid, sample.GRIDS, schedule=model.schedule, num_steps=settings.steps)
+    return given, times
 
 
 def grid_conditions(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import cli, pictures, trained
+from experiments import model as models
 from experiments.configs import Config
 from experiments.train import use_compile_cache
 from jaxdiff import data
@@ -130,9 +131,10 @@ def write(args, loaded: trained.Trained, chosen: Config, x0, words: list[str | i
     """Write the grid, and every picture where asked, with what made it inside the file."""
     common = {"negative": args.negative, "checkpoint": loaded.step, "data": loaded.info["name"]}
     common |= {name: chosen[name] for name in ("solver", "grid", "steps", "scale", "clip")}
+    common["nfe"] = models.evaluations(loaded.model, chosen)
     info = {"prompts": json.dumps(words), "seeds": json.dumps(seeds)} | common
     data.save_png(args.out, pictures.sheet(x0, words), info)
-    print(f"wrote {args.out}: {len(x0)} samples")
+    print(f"wrote {args.out}: {len(x0)} samples, {common['nfe']} network evaluations each")
     if not args.each:
         return
     for i, (word, seed) in enumerate(zip(words, seeds, strict=True)):

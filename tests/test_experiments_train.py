@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,8 +108,9 @@ def test_the_same_seed_is_the_same_picture_at_any_batch_size(emoji, tmp_path):
     for path in (tmp_path / "two").iterdir():
         info = data.read_metadata(path)
         assert info["prompt"] == "red heart"
-        assert info["solver"] == "dpmpp_2m"
+        assert info["solver"] == "unipc_2"
         assert info["steps"] == "3"
+        assert info["nfe"] == "6"  # with the prompt and without
         assert np.abs(five[info["seed"]] - np.asarray(Image.open(path), int)).max() <= 1
     assert np.abs(five["3"] - five["4"]).max() > 1
 
@@ -227,6 +229,26 @@ def test_another_config_in_the_same_workdir_is_refused(emoji):
     with pytest.raises(ConfigError, match=r"optimizer\.b1: was 0\.9, now 0\.5"):
         job.run([*EMOJI, "--config.optimizer.b1=0.5", f"--workdir={emoji}"])
     assert (emoji / "config.json").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused_though_it_has_the_same_shapes(roll, tmp_path):
+    directory = shutil.copytree(roll, tmp_path / "run")
+    config = json.loads((directory / "config.json").read_text())
+    config["optimizer"]["b1"] = 0.5
+    workdir.write_json(directory / "config.json", config)
+    with pytest.raises(
+        ConfigError, match=r"checkpoints holds a run with another config:\n  optimizer.b1: was 0.9, now"
+    ):
+        job.run([*ROLL, "--config.optimizer.b1=0.5", f"--workdir={directory}"])
+
+
+def test_a_bad_step_is_left_out_of_the_averages():
+    metrics = {"loss": [1.0, np.nan, 3.0], "grad_norm": [2.0, 5.0, 4.0], "bucket_sum": np.full((3, 10), 1.0)}
+    metrics = {k: jnp.asarray(v) for k, v in (metrics | {"bucket_count": np.full((3, 10), 2.0)}).items()}
+    window = {k: jnp.zeros(v.shape[1:]) for k, v in metrics.items()} | {"steps": jnp.zeros(())}
+    line = job._line(job._accumulate(window, metrics), 1)
+    assert line == {"loss": 2.0, "grad_norm": 3.0, "bad_steps": 1, "loss_per_logsnr": [0.5] * 10}
+    assert job._line(window, 0)["loss"] is None
 
 
 def test_a_finished_run_started_again_does_nothing(roll, capsys):

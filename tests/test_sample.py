@@ -193,6 +193,16 @@ def test_the_counts_of_well_known_solvers():
     assert jax.jit(lambda x: x * sample.nfe(solver.heun(USED), times))(1.0) == 13  # also while something is traced
 
 
+def test_the_calls_of_an_adaptive_solver_are_those_of_the_denoiser_it_is_given():
+    pytest.importorskip("diffrax")
+    x, harder = jnp.ones((2, 3)), Gaussian(USED, 0.3, 1e-4)
+    counts = []
+    for data in (DATA, harder):
+        solve = solver.adaptive(USED, rtol=1e-3, atol=1e-3)
+        counts.append(sample.nfe(solve, [1.0, 0.0], denoise=data.denoise, x=x))
+    assert 10 < counts[0] < counts[1] < 1000
+
+
 def test_calls_are_counted_with_the_denoiser_given():
     def learned(x, t):
         return denoise.LearnedRange(x, jnp.zeros_like(x))

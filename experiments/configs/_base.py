@@ -57,8 +57,10 @@ def base() -> Config:
                 "keep": 2,  # checkpoints kept
             },
             "sample": {
-                "solver": "dpmpp_2m",
-                "grid": "log_snr",  # uniform | respaced(spacing='leading') | karras | log_snr | exponential
+                "solver": "unipc_2",  # see experiments.solvers for what each is worth
+                # uniform | respaced(spacing='leading') | flow_shift | beta_t | karras | exponential | log_snr | ays ...
+                # The range is in units of sigma / alpha: below 0.03 steps go to noise that 8 bits hardly show.
+                "grid": "log_snr(sigma_min=0.03, sigma_max=30.0)",
                 "steps": 20,
                 "scale": 1.0,  # guidance; 1 = off
                 "clip": True,  # keep each estimate of the data in [-1, 1]
