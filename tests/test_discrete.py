@@ -64,6 +64,14 @@ def test_schedules_are_their_formulas_with_exact_ends(name):
     assert float(schedule.keep(jnp.asarray(1 - 2.0**-20))) == pytest.approx(float(wide[1]), rel=1e-4)
 
 
+def test_what_a_small_step_gains_is_precise_at_both_ends():
+    """In float32 keep(s) - keep(t) is 0 near t = 0, and lost(t) - lost(s) near t = 1."""
+    process, like = discrete.masked(2, discrete.cosine()), jnp.zeros((1, 1))
+    for t, s in ((1.0, 1 - 2.0**-14), (2.0**-25, 2.0**-26)):
+        want = np.cos(np.pi / 2 * (1 - t)) - np.cos(np.pi / 2 * (1 - s))
+        np.testing.assert_allclose(process.gained(jnp.asarray(t), jnp.asarray(s), like), want, rtol=1e-3)
+
+
 def test_linear_is_the_binomial_schedule_of_2015():
     T = 50
     chain = np.cumprod(1 - 1 / (T - np.arange(1, T + 1) + 1))
@@ -309,6 +317,13 @@ def test_the_continuous_bound_is_the_entropy(name):
     assert abs(bits.mean() - ENTROPY) < 4 * bits.std() / math.sqrt(20) < 0.15 * ENTROPY
 
 
+def test_the_continuous_bound_of_a_guess_is_that_of_the_vocabulary():
+    """Equal logits cost log2 V bits a token, at any number of times."""
+    process, x0 = ONE["masked"], jnp.zeros((4_000, 64), jnp.int32)
+    bits = discrete.continuous_bound(key(0), lambda x, t: jnp.zeros((*x.shape, 3)), x0, process, num_times=2)
+    assert abs(float(bits.mean()) - math.log2(3)) < 4 * float(bits.std()) / math.sqrt(4_000) < 0.1
+
+
 @pytest.mark.parametrize("name", ["masked", "binomial"])
 def test_the_heartbeat_has_2_32_bits(name):
     """Sohl-Dickstein et al. 2015 report at most 2.414 bits; with the exact denoiser the bound is log2 5 = 2.322."""
@@ -437,6 +452,23 @@ def test_tokens_are_unmasked_by_the_schedule():
     assert np.all(np.diff(plan.t, axis=0) <= 0)
     for u in (0.1, 0.5, 0.9):
         assert abs((np.asarray(plan.t) > u).mean() - (1 - np.sin(np.pi / 2 * u))) < 0.012
+
+
+def test_a_grid_may_start_in_the_middle():
+    """From t = 1/2 to 1/4 half of the masks go, as in q(x_s | x_t), and not a third: those of t > 1/2 are not there."""
+    process, times = ONE["masked"], jnp.array([0.5, 0.25, 0.0])
+    x = discrete.prior(key(0), process, (500, 20))
+    step_of = unmask.on_grid(jax.random.split(key(1), 500), process, x, times).step_of
+    assert abs(float((step_of == 0).mean()) - 0.5) < 0.02
+    left = []
+
+    def denoise(x, t):
+        jax.debug.callback(lambda x: left.append(int((x == 3).sum())), x)
+        return jnp.zeros((*x.shape, 3))
+
+    discrete.confident(key(2), denoise, x[:1], times, process)
+    jax.effects_barrier()
+    assert left == [20, 10]
 
 
 def test_confident_with_one_token_a_step_is_the_argmax_chain():
