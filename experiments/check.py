@@ -28,7 +28,7 @@ LEAST = {
     "train.log_every": 1,
     "train.sample_every": 0,
     "train.checkpoint_every": 1,
-    "train.keep": 1,
+    "train.keep": 2,  # a damaged newest checkpoint falls back to the one before
     "sample.steps": 1,
     "sample.num": 1,
     "sample.seed": 0,

@@ -98,9 +98,14 @@ def _bytes(tree: Any) -> int:
 
 @jax.jit
 def _accumulate(window: dict[str, Any], metrics: dict[str, Any]) -> dict[str, Any]:
-    """Add the (k, ...) metrics of one call to the sums, step by step."""
+    """Add the (k, ...) metrics of one call to the sums, step by step; those of a bad step are left out."""
     steps = {"steps": jnp.ones_like(metrics["loss"])} | {k: metrics[k] for k in window if k != "steps"}
-    return jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, one), None), window, steps)[0]
+
+    def add(total: dict[str, Any], one: dict[str, Any]) -> tuple[dict[str, Any], None]:
+        good = jnp.isfinite(one["loss"]) & jnp.isfinite(one["grad_norm"])
+        return jax.tree.map(lambda t, x: jnp.where(good, t + x, t), total, one), None
+
+    return jax.lax.scan(add, window, steps)[0]
 
 
 def _line(window: dict[str, Any], bad_steps: int) -> dict[str, Any]:
@@ -115,8 +120,8 @@ def _line(window: dict[str, Any], bad_steps: int) -> dict[str, Any]:
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> float | None:
-    """total / count, or None, JSON's null, where that is no number (0 / 0, or a bad step in the sum)."""
-    return float(total / count) if count and np.isfinite(total) else None
+    """total / count, or None, JSON's null, for 0 / 0."""
+    return float(total / count) if count else None
 
 
 def fit(job: Job) -> int:
@@ -142,9 +147,11 @@ def _start(job: Job, checkpoints: checkpoint.Checkpoints) -> tuple[int, dict[str
     shardings = train.mesh.state_sharding(job.mesh, job.abstract)
     if checkpoints.latest() is None:
         return 0, train.mesh.born_sharded(job.mesh, job.init)
-    carry, _ = checkpoints.restore(
+    carry, meta = checkpoints.restore(
         jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), job.abstract, shardings)
     )
+    if "config" in meta:  # a checkpoint carried here from another run may have the same shapes
+        workdir.check_same(job.directory / "checkpoints", meta["config"], workdir.lasting(job.config.to_dict()))
     done = int(carry["state"].step)
     print(f"resuming from step {done} of {job.config.train.steps}")
     return done, carry
@@ -176,13 +183,13 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
     feed = inputs.batches(job.dataset, seed=job.config.seed, step=done, batch_size=c.batch_size, steps=k)
     rows = jax.device_put(job.rows, train.mesh.replicated(job.mesh))
     draw = jax.jit(job.sampler)
-    previous, since = None, (time.perf_counter(), done)
+    previous, since, meta = None, (time.perf_counter(), done), {"config": workdir.lasting(job.config.to_dict())}
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
     while done < c.steps:
         try:
             batches = next(feed)
         except DataError:  # a picture that cannot be read, found only now
-            checkpoints.save(carry, done)
+            checkpoints.save(carry, done, meta)
             raise
         state, metrics = step(carry["state"], batches, rows)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
@@ -204,7 +211,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
             since = since[0] + time.perf_counter() - started, since[1]
         stopping = stop.signal is not None
         if stopping or done == c.steps or done % c.checkpoint_every == 0:
-            checkpoints.save(carry, done)
+            checkpoints.save(carry, done, meta)
         if stopping:
             break
     return done

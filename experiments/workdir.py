@@ -79,7 +79,7 @@ def check(workdir: Path, config: Config, info: dict[str, Any]) -> None:
             f"workdir {workdir} cannot be written: {error.strerror} ({parent}). Give another --workdir."
         ) from error
     if (workdir / "config.json").exists():
-        _check_same(workdir, config)
+        check_same(workdir, lasting(load_json(workdir / "config.json")), lasting(config.to_dict()))
         _check_data(workdir, config, info)
     elif workdir.exists() and any(workdir.iterdir()):
         raise CheckpointError(
@@ -93,7 +93,7 @@ def check_space(workdir: Path, needed: int) -> None:
     if free < needed:
         raise CheckpointError(
             f"workdir {workdir} has {free / 1e9:.3f} GB free and this run needs about {needed / 1e9:.3f} GB for "
-            "its checkpoints. Free some space, keep fewer (--config.train.keep=1), or give another --workdir."
+            "its checkpoints. Free some space, keep fewer (--config.train.keep=2), or give another --workdir."
         )
 
 
@@ -125,16 +125,22 @@ def _existing(workdir: Path) -> Path:
     return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
-def _check_same(workdir: Path, config: Config) -> None:
-    old, new = cli.flatten(load_json(workdir / "config.json")), cli.flatten(json.loads(config.to_json()))
-    free = FREE if config.optimizer.decay == "cosine" else (*FREE, "train.steps")  # cosine decay ends at the last step
-    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k) and not k.startswith(free)]
+def lasting(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what is learned up to a step, flat and as JSON values: every checkpoint holds them."""
+    free = FREE if config["optimizer"]["decay"] == "cosine" else (*FREE, "train.steps")  # cosine ends at the last step
+    flat = cli.flatten(json.loads(json.dumps(config)))
+    return {key: value for key, value in flat.items() if not key.startswith(free)}
+
+
+def check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise ConfigError where the `lasting` settings of what lies at `where`, `old`, are not those of this run."""
+    changed = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
         lines = "".join(f"\n  {k}: was {old.get(k)!r}, now {new.get(k)!r}" for k in changed[:8])
         more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""
         raise ConfigError(
-            f"workdir {workdir} holds a run with another config:{lines}{more}\n"
-            f"To resume it, give its settings again; to start anew, give another --workdir, such as {workdir}-2."
+            f"{where} holds a run with another config:{lines}{more}\n"
+            f"To resume it, give its settings again; to start anew, give another --workdir, such as {where}-2."
         )
 
 

@@ -170,7 +170,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_newest_step_is_named_and_the_one_before_is_used(folder, damage):
     DAMAGES[damage](folder / "2")
-    checkpoints = Checkpoints(folder, keep=1)
+    checkpoints = Checkpoints(folder, keep=2)
     with pytest.raises(CheckpointError, match=f"{folder / '2'} is damaged"):
         Checkpoints(folder).restore(TEMPLATE, 2)
     with pytest.warns(UserWarning, match=r"is damaged.*Falling back to step 1"):
@@ -202,7 +202,7 @@ def test_half_written_and_unnumbered_folders_are_ignored_and_the_former_cleaned(
 def test_foreign_numbered_folder_is_refused_and_not_deleted(tmp_path):
     (tmp_path / "2024").mkdir()
     (tmp_path / "2024" / "photo").write_text("mine")
-    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints = Checkpoints(tmp_path, keep=2)
     assert checkpoints.latest() is None
     for write in (checkpoints.prepare, lambda: checkpoints.save({"w": jnp.ones(3)}, 1)):
         with pytest.raises(CheckpointError, match=r"2024 is not a checkpoint of jaxdiff.*Move it away"):
@@ -237,8 +237,8 @@ def test_meta_and_names_that_cannot_be_saved_are_named(tmp_path):
         checkpoints.save({"w": jnp.ones(3)}, 1, {"f": object()})
     with pytest.raises(CheckpointError, match=r"leaf 'a\.b'"):
         checkpoints.save({"a.b": jnp.ones(3)}, 1)
-    with pytest.raises(ConfigError, match="keep must be an integer >= 1, got 0"):
-        Checkpoints(tmp_path, keep=0)
+    with pytest.raises(ConfigError, match="keep must be an integer >= 2, got 1"):
+        Checkpoints(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -248,7 +248,7 @@ import jax, jax.numpy as jnp
 from jaxdiff.errors import CheckpointError
 from jaxdiff.train import Checkpoints
 
-checkpoints = Checkpoints(sys.argv[1], keep=1)
+checkpoints = Checkpoints(sys.argv[1], keep=2)
 tree = lambda n: {"w": jax.random.normal(jax.random.key(n), (300, 300))}
 checkpoints.save(tree(1), 1)
 checkpoints.wait()
@@ -271,7 +271,7 @@ def test_write_that_fails_in_the_background_is_said_and_costs_nothing(tmp_path):
     """A limit on the size of files stands in for a disk that fills up during the save."""
     done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path], capture_output=True, text=True, check=True)
     assert f"REFUSED cannot write a checkpoint in {tmp_path}" in done.stdout
-    assert "STEPS [2]" in done.stdout
+    assert "STEPS [1, 2]" in done.stdout
 
 
 ENDLESS = """
@@ -279,7 +279,7 @@ import sys
 import jax.numpy as jnp
 from jaxdiff.train import Checkpoints
 
-with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+with Checkpoints(sys.argv[1], keep=2) as checkpoints:
     for n in range(1, 10**6):
         checkpoints.save({"w": jnp.full((300, 1000), float(n))}, n)
         print(n, flush=True)

@@ -1,34 +1,39 @@
 """Checkpoints of a pytree by step number, through Orbax v1, which nothing else here touches.
 
-    DIRECTORY/120/          one folder a step, renamed into place when complete, so a kill costs no earlier step
-    DIRECTORY/120.damaged/  a step that could not be read, set aside by the first save after a fallback
+    DIRECTORY/120.saving/    being written; then sealed (jaxdiff.train.seal); then renamed to
+    DIRECTORY/120/           so a folder with a number for a name is whole and sealed, at whatever instant a kill comes
+    DIRECTORY/90.deleting/   renamed before it is deleted, for the same reason
+    DIRECTORY/120.damaged/   a step that was not what was sealed, set aside by the first save after a fallback
 
 Beside the arrays each folder holds a dictionary of the caller (`meta`) and the name, dtype and shape of every leaf,
-by which a template of another model is refused before anything is read.
+by which a template of another model is refused before the arrays are read.
 """
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.errors import CheckpointError, ConfigError
-from jaxdiff.types import PyTree
+from jaxdiff.train import seal
+from jaxdiff.train.seal import DamagedError
+from jaxdiff.types import Array, PyTree
 
 T = TypeVar("T")
 _SHOWN = 5
-
-
-class _DamagedError(CheckpointError):
-    """This step cannot be read; another one may."""
+# What a kill leaves: a save or a deletion cut short, of this version or (last) of format 1.
+_STALE = re.compile(r"\d+\.(saving(\..+)?|deleting|orbax-checkpoint-tmp.*)")
 
 
 def _leaves(tree: PyTree) -> dict[str, str]:
@@ -64,37 +69,57 @@ def _ours(path: Path) -> bool:
     try:
         custom = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     except (OSError, ValueError, KeyError, TypeError):
-        return (path / "state").is_dir()
+        return (path / seal.NAME).exists() or (path / "state").is_dir()
     return isinstance(custom, dict) and "leaves" in custom
+
+
+def _all_finite(leaves: list[Array]) -> Array:
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def _finite(state: PyTree) -> Any:
+    """Whether every number of `state` is: begun now, before the state is donated, and read when the save is done."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jax.jit(_all_finite)(leaves) if leaves else True
 
 
 class Checkpoints:
     """The checkpoints in one directory. Nothing is written, not even the directory, before `prepare` or `save`.
 
-    Keeps the `keep` newest steps. Saves run in the background: `wait` for them, or use it as a context manager.
-    One process writes to a directory at a time; any number may read. Raises ConfigError for keep < 1.
+    Keeps the `keep` newest sound steps: those that are what was sealed, and finite. Saves run in the background:
+    `wait` for them, or use it as a context manager. One process writes to a directory at a time; any number may read.
+    Raises ConfigError for keep < 2.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
-        if keep < 1:
-            raise ConfigError(f"keep must be an integer >= 1, got {keep}. To keep only the newest step, pass 1.")
+        if keep < 2:
+            raise ConfigError(
+                f"keep must be an integer >= 2, got {keep}. The newest step may be damaged, and then the one before "
+                "it is needed: pass 2."
+            )
         self.directory = Path(directory).expanduser().absolute()
         self._keep = keep
-        self._writer: Any = None
-        self._damaged: set[int] = set()
+        self._thread: ThreadPoolExecutor | None = None
+        self._saving: Future[None] | None = None
         self._started: int | None = None
+        self._sound: dict[int, bool] = {}  # what this process has sealed or compared with its seal
+        self._damaged: set[int] = set()  # what restore passed over
 
     def prepare(self) -> None:
-        """Makes the directory and tries to write in it: call it before an expensive compile.
+        """Makes the directory, tries to write in it and clears what a kill left: call it before an expensive compile.
 
         Raises CheckpointError where that is not possible, or where a foreign folder has a number for a name.
         """
+        self.wait()
         with self._writing():
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
                 pass
+            for path in self.directory.iterdir():
+                if _STALE.fullmatch(path.name) and path.is_dir():
+                    shutil.rmtree(path)
         for path in self._numbered():
-            if not _ours(path):  # Orbax would take it for an old step and delete it
+            if not _ours(path):
                 raise CheckpointError(
                     f"{path} is not a checkpoint of jaxdiff, and in the place of one. Move it away, or choose another "
                     "directory."
@@ -114,15 +139,20 @@ class Checkpoints:
         `meta` is anything JSON can hold. Raises CheckpointError for a leaf name with a '.', for a directory that
         cannot be written, a full disk, and for a failure of the save before this one.
         """
-        if step == self._started or (step in self.steps() and step not in self._damaged):
+        if step not in self._damaged and (step == self._started or step in self.steps()):
             return False
-        record = {"leaves": _leaves(state), "meta": _json(meta or {})}
+        record = {"format": seal.FORMAT, "leaves": _leaves(state), "meta": _json(meta or {})}
         for name in record["leaves"]:
             if "." in name:
                 raise CheckpointError(f"cannot save the leaf {name!r}: a '.' is read back as nesting. Rename it.")
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
         with self._writing():
             self._check_space(state)
-            self._open().save_async(step, state, force=True, custom_metadata=record)
+            thread, finite = self._open(), _finite(state)
+            response = ocp.save_async(str(self._folder(step, "saving")), state, custom_metadata=record)
+            self._saving = thread.submit(self._complete, response, step, finite)
             self._started = step
         return True
 
@@ -131,40 +161,49 @@ class Checkpoints:
         return self._record(self._existing(step)[-1])["meta"]
 
     def restore(self, template: T, step: int | None = None) -> tuple[T, dict[str, Any]]:
-        """(state, meta) of `step`; by default of the newest step that can be read, with a warning for each other.
+        """(state, meta) of `step`; by default of the newest sound step, with a warning for each that was passed over.
 
         `template` has the shapes, dtypes and shardings wanted: a state, or `jax.eval_shape` of one.
         Raises CheckpointError where there is none, where all are damaged, or where the template is of another model.
+        A `step` that was asked for need not be finite.
         """
         candidates = self._existing(step)
         while True:
             candidate = candidates.pop()
             try:
-                return self._read(template, candidate)
-            except _DamagedError as error:
+                return self._read(template, candidate, any_number=step is not None)
+            except DamagedError as error:
                 self._damaged.add(candidate)
                 if not candidates:
                     raise
-                warnings.warn(f"{error} Falling back to step {candidates[-1]}.", stacklevel=2)
+                warnings.warn(
+                    f"{error} Falling back to step {candidates[-1]}: what came after it is done again.", stacklevel=2
+                )
 
     def wait(self) -> None:
-        """Returns when the save under way is on disk. Raises CheckpointError if it failed."""
-        if self._writer is not None:
+        """Returns when the save under way is sealed. Raises CheckpointError if it failed."""
+        if self._saving is not None:
             with self._writing():
-                self._writer.wait()
+                self._saving.result()
+            self._saving = None
 
     def close(self) -> None:
-        """`wait`, then lets go of threads and files; a later `save` opens them again."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with self._writing():
-                writer.close()
+        """`wait`, then lets go of the thread; a later `save` starts it again."""
+        try:
+            self.wait()
+        finally:
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                thread.shutdown()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _folder(self, step: int, state: str = "") -> Path:
+        return self.directory / (f"{step}.{state}" if state else str(step))
 
     def _numbered(self) -> list[Path]:
         if not self.directory.is_dir():
@@ -179,13 +218,47 @@ class Checkpoints:
         except CheckpointError:
             raise
         except (OSError, RuntimeError, ValueError) as error:
-            self._writer = self._started = (
-                None  # it may count the failed step as kept; the next one reads the directory afresh
-            )
+            self._saving = self._started = self._thread = None  # so that the next save clears what this one has left
             raise CheckpointError(
                 f"cannot write a checkpoint in {self.directory}: {error}. Steps saved before are untouched. Free some "
                 "disk space there or make it writable, or choose another directory."
             ) from error
+
+    def _open(self) -> ThreadPoolExecutor:
+        """The thread that completes saves, after what lies in their way has been moved."""
+        for step in self._damaged:
+            shutil.rmtree(self._folder(step, "damaged"), ignore_errors=True)
+            self._folder(step).rename(self._folder(step, "damaged"))
+            self._sound.pop(step, None)
+        self._damaged.clear()
+        if self._thread is None:
+            self.prepare()
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+        return self._thread
+
+    def _complete(self, response: Any, step: int, finite: Any) -> None:
+        """What follows when Orbax has written all: seal, rename, and only then delete old steps."""
+        response.result()
+        finite = bool(finite)
+        seal.write(self._folder(step, "saving"), step, finite=finite)
+        self._folder(step, "saving").rename(self._folder(step))
+        seal.sync(self.directory)
+        self._sound[step] = finite
+        kept = 0
+        for old in reversed(self.steps()):
+            if kept < self._keep:
+                kept += self._is_sound(old)
+            else:
+                self._folder(old).rename(self._folder(old, "deleting"))
+                shutil.rmtree(self._folder(old, "deleting"))
+
+    def _is_sound(self, step: int) -> bool:
+        if step not in self._sound:
+            try:
+                self._sound[step] = self._check(step)
+            except CheckpointError:
+                self._sound[step] = False
+        return self._sound[step]
 
     def _existing(self, step: int | None) -> list[int]:
         """The steps to try, oldest first."""
@@ -197,20 +270,29 @@ class Checkpoints:
         return steps if step is None else [step]
 
     def _record(self, step: int) -> dict[str, Any]:
-        path = self.directory / str(step)
+        path = self._folder(step)
         try:
             record = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
-            return {"leaves": dict(record["leaves"]), "meta": dict(record["meta"])}
+            return {"format": 1, **record, "leaves": dict(record["leaves"]), "meta": dict(record["meta"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise _DamagedError(
+            raise DamagedError(
                 f"{path} is damaged, or no checkpoint of jaxdiff: its _CHECKPOINT_METADATA cannot be read "
                 f"({type(error).__name__}: {error})."
             ) from error
 
-    def _read(self, template: T, step: int) -> tuple[T, dict[str, Any]]:
+    def _check(self, step: int) -> bool:
+        """Compare the step with its seal; returns whether it is finite, which format 1 does not tell."""
+        path = self._folder(step)
+        unsealed = not (path / seal.NAME).exists() and self._record(step)["format"] == 1
+        return unsealed or seal.check(path, step)
+
+    def _read(self, template: T, step: int, *, any_number: bool) -> tuple[T, dict[str, Any]]:
         from orbax.checkpoint import v1 as ocp
 
-        path, record = self.directory / str(step), self._record(step)
+        path, finite = self._folder(step), self._check(step)
+        record = self._record(step)
+        if record["format"] == 1:
+            warnings.warn(f"{path} is of an earlier version, without a seal: damage would not be seen.", stacklevel=3)
         different = _difference(record["leaves"], _leaves(template))
         if different:
             more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
@@ -218,27 +300,15 @@ class Checkpoints:
                 f"{path} is of another model: {'; '.join(different[:_SHOWN])}{more}. "
                 "Restore it with the configuration it was trained with, or start in an empty directory."
             )
+        if not (finite or any_number):
+            raise DamagedError(f"{path} holds numbers that are not finite.")
         try:
-            return ocp.load(str(path), jax.tree.map(_abstract, template)), record["meta"]
+            state = ocp.load(str(path), jax.tree.map(_abstract, template))
         except Exception as error:  # for a damaged array Orbax raises Exception itself, so nothing narrower catches it
             cause = str(error.__cause__ or error).splitlines()[0][:200]
-            raise _DamagedError(f"{path} is damaged and cannot be read ({cause}).") from error
-
-    def _open(self) -> Any:
-        from orbax.checkpoint import v1 as ocp
-
-        if self._damaged:
-            self.close()
-            for path in (self.directory / str(step) for step in self._damaged):
-                path.rename(path.with_name(f"{path.name}.damaged"))
-            self._damaged.clear()
-        if self._writer is None:
-            self.prepare()
-            newest: Any = ocp.training.preservation_policies.LatestN(self._keep)
-            self._writer = ocp.training.Checkpointer(
-                str(self.directory), preservation_policy=newest, cleanup_tmp_directories=True
-            )
-        return self._writer
+            raise DamagedError(f"{path} is damaged and cannot be read ({cause}).") from error
+        self._sound[step] = finite
+        return state, record["meta"]
 
     def _check_space(self, state: PyTree) -> None:
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
