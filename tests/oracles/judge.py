@@ -10,6 +10,7 @@ count and data, so that judging takes about half a second:
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -82,9 +83,13 @@ class Facts:
 
     most: the order of its middle steps, where the first steps are of lower order but leave a smaller error.
     kinds: the grids (see `grid`) for which that is stated; more: others, with their `order` and `most`.
-    gain: its noise is all that of the reverse diffusion (eta = 1), so that x depends on its start as there.
+    up: it goes from data to noise. long: steps through all noise levels do it no harm.
+    gain: the share of the noise of the reverse diffusion that it draws (eta or eta^2), if that is stated.
+    small: of smaller errors of a law no order is asked, as they may pass through 0.
+    moves: it changes x and t before it asks; churn: so that sigma / alpha is so many times larger, a function of it.
+    noise: it is the posterior q(x_s | x_t, x0) with the estimate for x0, and so much noise (of sigma_t, sigma_s, c).
     loops: it draws in loops inside of a step, up to so many times.
-    at: for a setting that belongs to the number of steps, the constructor for so many.
+    at: for a setting that belongs to the number of steps, the constructor for so many, from that judged.
     """
 
     order: int | None = None
@@ -92,9 +97,15 @@ class Facts:
     weak: int = 1
     kinds: tuple[str, ...] = GRIDS
     more: tuple[tuple[str, int, int], ...] = ()
-    gain: bool = True
+    up: bool = False
+    long: bool = True
+    gain: float | None = 1.0
     loops: int = 0
-    at: Callable[[int], Callable[[Any], Any]] | None = None
+    small: float = 1e-9
+    moves: bool = False
+    churn: Callable[[Any], Any] | None = None
+    noise: Callable[..., Any] | None = None
+    at: Callable[[Any, int], Callable[[Any], Any]] | None = None
 
 
 def grid(kind: str, family: Family, num_steps: int) -> np.ndarray:
@@ -156,8 +167,17 @@ def problems() -> list[tuple[Any, ...]]:
     return found
 
 
+def _churned(make, num_steps):
+    """EDM's S_churn = 10 in so many steps."""
+    return functools.partial(make.func, **{**make.keywords, "gamma": 10 / num_steps})
+
+
 _EQUAL = ("t", "logsnr", "full")
 STATED = {
+    "ddim_inversion": Facts(order=1, up=True, kinds=("t", "logsnr", "uneven")),
+    "ddpm": Facts(noise=lambda sigma_t, sigma_s, c: sigma_s * np.sqrt(c)),
+    "ddim_eta1": Facts(noise=lambda sigma_t, sigma_s, c: sigma_s * np.sqrt(c)),
+    "ddpm_large": Facts(noise=lambda sigma_t, sigma_s, c: sigma_t * np.sqrt(c)),
     "midpoint": Facts(order=2, most=3),  # 3 for a Gaussian on straight lines, whose variance is quadratic in t
     "dpmpp_3m": Facts(order=3, more=(("start", 3, 3),)),
     "unipc_2": Facts(order=3, more=(("start", 3, 3),)),
@@ -165,18 +185,29 @@ STATED = {
     "deis_3": Facts(order=3, more=(("start", 3, 3),)),
     "lms": Facts(order=2, most=4, more=(("start", 4, 4),)),
     "plms": Facts(order=2, most=4, kinds=_EQUAL, more=(("sigma", 3, 4),)),
-    "pndm": Facts(order=2, most=4, kinds=_EQUAL, more=(("sigma", 4, 4),)),
+    "pndm": Facts(order=2, most=4, long=False, kinds=_EQUAL, more=(("sigma", 4, 4),)),
     "ipndm": Facts(order=2, most=4, kinds=_EQUAL, more=(("sigma", 2, 4),)),
     "dpmpp_2m_sde": Facts(weak=2),
     "dpmpp_3m_sde": Facts(weak=2),
     "dpmpp_sde": Facts(weak=2),
     "sa_solver": Facts(weak=2),
-    "heun_churn": Facts(weak=2, gain=False, at=lambda n: functools.partial(solver.heun, gamma=10 / n)),
-    "predictor_corrector": Facts(gain=False),
-    "annealed_langevin": Facts(gain=False, loops=10),
-    "restart": Facts(gain=False, loops=3 * 7),
+    "heun_churn": Facts(weak=2, gain=None, churn=lambda rho: 1.2, at=_churned),
+    "heun_churn_range": Facts(weak=2, gain=None, churn=lambda rho: 1.2 if 0.5 < rho < 1.5 else 1.0, at=_churned),
+    "dpm2": Facts(order=2, long=False),  # its points are uniform in log-SNR, its weights in sigma / alpha
+    "ddim_eta_half": Facts(gain=0.25),
+    "dpmpp_2m_sde_half": Facts(weak=2, gain=0.5),
+    "dpmpp_3m_sde_half": Facts(weak=2, gain=0.5),
+    "dpmpp_sde_half": Facts(weak=2, gain=0.5),
+    "sa_solver_less": Facts(weak=2, gain=0.49, small=2e-5),
+    "dpmpp_2m_sde_flow": Facts(order=2),
+    "dpmpp_3m_sde_flow": Facts(order=2, most=3, more=(("start", 3, 3),)),
+    "dpmpp_sde_flow": Facts(order=2),
+    "sa_solver_flow": Facts(order=2, most=3, kinds=("logsnr", "full"), more=(("start", 2, 3),)),
+    "predictor_corrector": Facts(gain=None),
+    "annealed_langevin": Facts(gain=None, loops=10, moves=True),
+    "restart": Facts(gain=None, loops=3 * 7),
 }
-"""Of the solvers of `solver.ALL` of which more is to be said than `solver.ORDER` does."""
+"""Of solvers of which more is to be said than `solver.ORDER` does."""
 
 
 def stated(name: str) -> Facts:
@@ -194,14 +225,20 @@ def complaints(make: Callable[[Any], Any], facts: Facts) -> Iterator[str]:
     with jax.enable_x64(True):
         yield from _types(make)
         run = walk(make)
+        if facts.up:
+            yield from _order(run, facts)
+            return
         yield from _ends(run)
         yield from _rows(run, facts.order is not None)
         if facts.order is None:
+            yield from _noise_times(make)
             yield from _looped(make, facts) if facts.loops else _laws_and_draws(make, run, facts)
         else:
             yield from _order(run, facts)
-            yield from _distance(run, facts)
-        yield from _clean_end(make)
+            yield from _distance(run)
+            if facts.long:
+                yield from _long_steps(run)
+        yield from _clean_end(make, facts)
 
 
 def _types(make) -> Iterator[str]:
@@ -218,12 +255,13 @@ def _types(make) -> Iterator[str]:
             yield f"a step in {x.dtype} makes {found} of {told}"
 
 
-def _clean_end(make) -> Iterator[str]:
+def _clean_end(make, facts) -> Iterator[str]:
     """The step to sigma = 0 asks once and returns what it was told, whatever came before."""
-    solve, asked = make(FAMILIES["vp"]), []
+    family = FAMILIES["vp"]  # sigma / alpha = t / (1 - t)
+    solve, asked = make(family), []
 
     def denoise(x, t):
-        asked.append(x)
+        asked.append((x, t))
         return jnp.sin(7 * x)  # no formula could undo this by accident
 
     x = jnp.asarray([[0.3, -1.2], [0.7, 0.1]])
@@ -231,9 +269,14 @@ def _clean_end(make) -> Iterator[str]:
     with jax.disable_jit():
         for n, (t, s) in enumerate([(0.5, 0.4), (0.4, 0.25), (0.25, 0.0)]):
             asked.clear()
-            keys = jax.random.split(jax.random.key(n), 2)
+            before, keys = x, jax.random.split(jax.random.key(n), 2)
             x, memory = solve.step(keys, denoise, x, jnp.asarray(t), jnp.asarray(s), memory)
-    if len(asked) != 1 or not np.allclose(x, jnp.sin(7 * asked[-1]), atol=1e-9):
+            start = t if facts.churn is None else family.time(facts.churn(t / (1 - t)) * t / (1 - t))
+            if not facts.moves and not np.isclose(asked[0][1], start, rtol=1e-12):
+                yield f"a step from t = {t} asks first at t = {asked[0][1]}, not {start}"
+            if not facts.moves and facts.churn is None and not np.array_equal(asked[0][0], before):
+                yield f"a step from t = {t} does not ask at its start"
+    if len(asked) != 1 or not np.allclose(x, jnp.sin(7 * asked[-1][0]), atol=1e-9):
         yield f"the step to sigma = 0 asks {len(asked)} times, or does not return what it is told"
 
 
@@ -276,6 +319,9 @@ def _order(run, facts) -> Iterator[str]:
             for num_steps in (256, 512):
                 times = padded(grid(kind, family, num_steps))
                 cases = [case[3:] for case in problems() if case[0] == name and (case[2] == "full") == (kind == "full")]
+                if facts.up:
+                    times, cases = times[num_steps::-1], [(data, end, x) for data, x, end in cases]
+                    times = padded(np.asarray(times))
                 ends = [(run(jax.random.key(0), family, data, x, times, num_steps), end) for data, x, end in cases]
                 errors.append(max(float(jnp.abs(found - end).max()) for found, end in ends))
             found = float(np.log2(errors[0] / errors[1]))
@@ -290,7 +336,7 @@ def _right(found, kind, least, most):
     return least - TOLERANCE <= found <= most + TOLERANCE
 
 
-def _distance(run, facts) -> Iterator[str]:
+def _distance(run) -> Iterator[str]:
     """In 64 steps not farther from the exact end than Euler's method is."""
     for name, data_name, reach, data, x, truth in problems():
         kind = "logsnr" if reach == "smooth" else "full"
@@ -301,15 +347,32 @@ def _distance(run, facts) -> Iterator[str]:
             yield f"error {found:.1e} in 64 steps, Euler's is {bound:.1e}, on {name}, {data_name}, grid {kind}"
 
 
+def _long_steps(run) -> Iterator[str]:
+    """In 4 steps of 15 in log-SNR each, through all noise levels: at most twice as far from the end as Euler's is."""
+    for name in ("vp", "flow"):
+        times = FAMILIES[name].time(np.exp(np.linspace(15.0, -15.0, 5)))
+        for case in problems():
+            if case[:3] == (name, "gaussian", "full"):
+                data, x, truth = case[3:]
+                end = run(jax.random.key(0), FAMILIES[name], data, x, padded(times), 4)
+                bound = 2 * float(jnp.abs(_euler_over(name, data, x, times) - truth).max())
+                if not float(jnp.abs(end - truth).max()) <= bound:
+                    yield f"in 4 long steps on {name} farther from the end than {bound:.1e}"
+
+
 @functools.cache
 def _euler(name, data_name, kind, num_steps=64):
     """The end of Euler's method for dx = x0 dalpha + eps dsigma, written out."""
-    family, times = FAMILIES[name], grid(kind, FAMILIES[name], num_steps)
     reach = "full" if kind == "full" else "smooth"
     data, x = next(p[3:5] for p in problems() if p[:3] == (name, data_name, reach))
+    return _euler_over(name, data, x, grid(kind, FAMILIES[name], num_steps))
+
+
+def _euler_over(name, data, x, times):
+    family = FAMILIES[name]
     alphas, sigmas = (np.asarray(f(jnp.asarray(times))) for f in (family.alpha, family.sigma))
     denoise = jax.jit(Mixture(family, *data).denoise)
-    for n in range(num_steps):
+    for n in range(len(times) - 1):
         x0 = denoise(x, times[n])
         x = x + (alphas[n + 1] - alphas[n]) * x0 + (sigmas[n + 1] - sigmas[n]) / sigmas[n] * (x - alphas[n] * x0)
     return x
@@ -317,8 +380,43 @@ def _euler(name, data_name, kind, num_steps=64):
 
 def _laws_and_draws(make, run, facts) -> Iterator[str]:
     law_run = law_walk(make)
-    yield from _laws(law_run, facts)
+    if facts.noise is not None:
+        yield from _kernel(law_run, facts)
+    yield from _laws(make, law_run, facts)
     yield from _draws(run, law_run)
+
+
+def _noise_times(make) -> Iterator[str]:
+    """Where noise can be given, it is asked for from the start of the step to its end."""
+    plain = make.func if isinstance(make, functools.partial) else make
+    if "noise" not in inspect.signature(plain).parameters:
+        return
+    spans = []
+
+    def noise(key, x, t, s):
+        spans.append((float(t), float(s)))
+        return process.normal(key, x.shape, x.dtype)
+
+    with jax.disable_jit():
+        solve, x, keys = functools.partial(make, noise=noise)(FAMILIES["vp"]), jnp.zeros((2, 1)), jnp.arange(2)
+        keys = jax.vmap(jax.random.key)(keys)
+        solve.step(keys, lambda x, t: 0.5 * x, x, jnp.asarray(0.7), jnp.asarray(0.4), solve.init(x))
+    if not (spans and spans[0][0] == 0.7 and spans[-1][1] == 0.4):
+        yield f"asks for noise over {spans} in a step from 0.7 to 0.4"
+
+
+def _kernel(law_run, facts) -> Iterator[str]:
+    """The law of one step:  x_s = alpha_s c D + (sigma_s / sigma_t) sqrt(1 - c) x_t + noise,  c = 1 - SNR_t / SNR_s."""
+    for name, family in FAMILIES.items():
+        t, s = np.asarray(0.7), np.asarray(0.4)
+        (alpha, sigma), (alpha_s, sigma_s) = ((float(family.alpha(u)), float(family.sigma(u))) for u in (t, s))
+        c = 1 - (alpha * sigma_s / (sigma * alpha_s)) ** 2
+        total = alpha**2 * np.asarray(VARIANCES) + sigma**2
+        gain = alpha_s * c * alpha * np.asarray(VARIANCES) / total + sigma_s / sigma * np.sqrt(1 - c)
+        law = exact_law(law_run, family, np.asarray([t, s]))
+        exact = gain**2 * total + facts.noise(sigma, sigma_s, c) ** 2
+        if not (np.allclose(law.gain, gain, rtol=1e-9) and np.allclose(law.variance, exact, rtol=1e-9)):
+            yield f"one step has not the law that is printed for it, on {name}"
 
 
 def _looped(make, facts) -> Iterator[str]:
@@ -331,23 +429,23 @@ def _looped(make, facts) -> Iterator[str]:
             yield f"mean and variance wrong by {error.mean:.1e} and {error.variance:.1e} on {name}"
 
 
-def _laws(law_run, facts) -> Iterator[str]:
+def _laws(make, law_run, facts) -> Iterator[str]:
     """The exact mean and gain go to those of the reverse diffusion, the variance to that of the data as h^weak."""
     coarse = 96
-    runs = [law_run if facts.at is None else law_walk(facts.at(n)) for n in (coarse, 2 * coarse)]
+    runs = [law_run if facts.at is None else law_walk(facts.at(make, n)) for n in (coarse, 2 * coarse)]
     for name, family in FAMILIES.items():
         for kind in ("t", "uneven"):
             errors = []
             for run, num_steps in zip(runs, (coarse, 2 * coarse), strict=True):
                 times = grid(kind, family, num_steps)
-                law, truth = exact_law(run, family, times), true_law(family, times[0], times[-1])
+                law, truth = exact_law(run, family, times), true_law(family, times[0], times[-1], facts.gain or 1.0)
                 errors.append([float(np.abs(a - b).max()) for a, b in zip(law, truth, strict=True)])
             yield from _shrinks(f"{name}, grid {kind}", *errors, facts)
 
 
 def _shrinks(where, coarse, fine, facts) -> Iterator[str]:
     for what, first, second in zip(moments.Law._fields, coarse, fine, strict=True):
-        if second < 1e-9 or (what == "gain" and not facts.gain):
+        if second < facts.small or (what == "gain" and facts.gain is None):
             continue
         found, stated = float(np.log2(first / second)), facts.weak if what == "variance" else 1
         if not found > stated - TOLERANCE:
@@ -355,11 +453,15 @@ def _shrinks(where, coarse, fine, facts) -> Iterator[str]:
 
 
 @functools.cache
-def true_law(family, t, s) -> moments.Law:
-    """`moments.true_law` for each of `VARIANCES`."""
+def true_law(family, t, s, share=1.0) -> moments.Law:
+    """`moments.true_law` for each of `VARIANCES`, with a share of the noise of the reverse diffusion.
+
+    The logarithm of the gain is linear in the share; with none, the gain is that of the flow.
+    """
     data, zero = Gaussian(family, MEAN, VARIANCES), jnp.zeros((1, len(VARIANCES)), jnp.float64)
     mean, variance = data.moments(zero, s)
-    gain = data.reverse(zero + 1, t, s)[0] - data.reverse(zero, t, s)[0]
+    all_of_it, none = (f(zero + 1, t, s) - f(zero, t, s) for f in (lambda *a: data.reverse(*a)[0], data.flow))
+    gain = all_of_it**share * none ** (1 - share)
     return moments.Law(*(np.asarray(part)[0] for part in (mean, variance, gain)))  # pyright: ignore
 
 

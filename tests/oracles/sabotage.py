@@ -1,4 +1,4 @@
-"""Sabotage: break one thing in a solver; does the judge notice? `python -m tests.oracles.sabotage [FILE ...]`.
+"""Sabotage: break one thing in a solver; is it noticed? `python -m tests.oracles.sabotage [FILE ...] [--every N]`.
 
 A mutant is the source of one file of jaxdiff/solver with one change: a number, an operator, a dropped term or factor, a
 comparison, t for s, alpha for sigma, a function of jnp, a branch of `where`. The package is imported anew with it, and
@@ -12,9 +12,10 @@ import contextlib
 import copy
 import functools
 import importlib
+import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,29 @@ ROOM = Path(jaxdiff.__file__).parent / "solver"
 PACKAGE = "jaxdiff.solver"
 LIMIT = 120  # seconds for one solver; who takes longer is caught
 
+OTHERS: dict[str, Callable[[Any], Any]] = {
+    "ddim_inversion": lambda solvers: solvers.ddim_inversion,
+    "heun_churn_range": lambda solvers: functools.partial(solvers.heun, gamma=0.2, sigma_range=(0.5, 1.5)),
+    "ddim_eta_half": lambda solvers: functools.partial(solvers.ddim, eta=0.5),
+    "dpmpp_2m_sde_half": lambda solvers: functools.partial(solvers.dpmpp_2m_sde, eta=0.5),
+    "dpmpp_3m_sde_half": lambda solvers: functools.partial(solvers.dpmpp_3m_sde, eta=0.5),
+    "dpmpp_sde_half": lambda solvers: functools.partial(solvers.dpmpp_sde, eta=0.5),
+    "sa_solver_less": lambda solvers: functools.partial(solvers.sa_solver, tau=0.7),
+    "dpmpp_2m_sde_flow": lambda solvers: functools.partial(solvers.dpmpp_2m_sde, eta=0.0),
+    "dpmpp_3m_sde_flow": lambda solvers: functools.partial(solvers.dpmpp_3m_sde, eta=0.0),
+    "dpmpp_sde_flow": lambda solvers: functools.partial(solvers.dpmpp_sde, eta=0.0),
+    "sa_solver_flow": lambda solvers: functools.partial(solvers.sa_solver, tau=0.0),
+}
+"""Settings that `solver.ALL` does not list, of a package of solvers; see `judge.STATED`."""
+
 EQUIVALENT: dict[str, str] = {}
-"""A mutant, as `Mutant.name` gives it, to why it is the same solver."""
+"""A mutant, as `Mutant.name` gives it, or a pattern of many, to why it is the same solver."""
+
+
+def equivalent(mutant: "Mutant") -> bool:
+    """Whether the mutant is known to change nothing."""
+    return any(re.fullmatch(pattern, mutant.name) for pattern in EQUIVALENT)
+
 
 SWAPS: dict[str, tuple[str, ...]] = {
     "t": ("s",), "s": ("t",), "alpha": ("sigma",), "sigma": ("alpha",), "alpha_t": ("alpha_s",),
@@ -171,8 +193,8 @@ def users() -> dict[tuple[str, str], list[str]]:
     """(file, function) -> the names of the solvers that may run it, those that are judged fastest first."""
     calls = {path.name: _calls(path) for path in sorted(ROOM.glob("[!_]*.py"))}
     found: dict[tuple[str, str], list[str]] = {}
-    for name in sorted(solver.ALL, key=lambda name: name not in solver.ORDER):
-        make = solver.ALL[name]
+    for name in sorted([*solver.ALL, *OTHERS], key=lambda name: name not in solver.ORDER):
+        make = _make(solver, name)
         plain = make.func if isinstance(make, functools.partial) else make
         todo = {plain.__name__} if plain.__name__ != "<lambda>" else set(plain.__code__.co_names)
         reached = {(file, top) for file, tops in calls.items() for top in tops if top in todo}
@@ -212,7 +234,7 @@ def verdict(mutant: Mutant) -> str | None:
         signal.alarm(LIMIT)
         try:
             with package(mutant) as solvers:
-                complaint = next(judge.complaints(solvers.ALL[name], judge.stated(name)), None)
+                complaint = next(judge.complaints(_make(solvers, name), judge.stated(name)), None)
         except Exception as error:  # whatever a mutant does, it is caught
             complaint = f"{type(error).__name__}: {error}"
         finally:
@@ -223,18 +245,20 @@ def verdict(mutant: Mutant) -> str | None:
     return None
 
 
+def _make(solvers: Any, name: str) -> Any:
+    return solvers.ALL[name] if name in solvers.ALL else OTHERS[name](solvers)
+
+
 def files() -> list[str]:
     """The files of the room that hold solvers of `solver.ALL`."""
     return sorted({file for file, _ in users()})
 
 
-def main(names: list[str]) -> None:
-    """Judge all mutants of the files and print who lives, and the share caught."""
+def main(names: list[str], every: int = 1) -> None:
+    """Judge all mutants of the files, or one in `every`, and print who lives, and the share caught."""
     total = caught = 0
     for file in names or files():
-        for mutant in mutants(file):
-            if mutant.name in EQUIVALENT:
-                continue
+        for mutant in [each for each in mutants(file) if not equivalent(each)][::every]:
             words = verdict(mutant)
             total, caught = total + 1, caught + bool(words)
             print(f"caught  {mutant.name}  [{words}]" if words else f"LIVES   {mutant.name}", flush=True)
@@ -245,4 +269,5 @@ if __name__ == "__main__":
     from tests import conftest
 
     assert conftest
-    main(sys.argv[1:])
+    *few, every = sys.argv[1:] if sys.argv[-2:-1] == ["--every"] else (*sys.argv[1:], "1")
+    main([word for word in few if word != "--every"], int(every))

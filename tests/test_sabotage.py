@@ -1,0 +1,46 @@
+"""A broken solver is noticed: a few mutants of every file here, all of them by `python -m tests.oracles.sabotage`."""
+
+import re
+
+import pytest
+
+from jaxdiff import solver
+from tests.oracles import judge, sabotage
+
+
+def some(file, count=2):
+    """`count` mutants, far from each other, of those that are not known to be equivalent."""
+    living = [mutant for mutant in sabotage.mutants(file) if not sabotage.equivalent(mutant)]
+    return living[len(living) // 3 :: len(living) // count][:count]
+
+
+@pytest.mark.parametrize("mutant", [m for file in sabotage.files() for m in some(file)], ids=lambda mutant: mutant.name)
+def test_a_broken_solver_is_noticed(mutant):
+    assert sabotage.verdict(mutant)
+
+
+def test_a_mutant_is_in_force_only_while_it_is_asked_for():
+    before = solver.ddim
+    mutant = next(m for m in sabotage.mutants("ancestral.py") if m.function == "ddim")
+    with sabotage.package(mutant) as broken:
+        assert broken.ddim is not before
+        assert broken.ALL["ddim"] is broken.ddim
+    from jaxdiff import solver as after
+
+    assert after is solver
+    assert after.ddim is before
+
+
+def test_a_solver_that_is_only_written_anew_lives():
+    source = (sabotage.ROOM / "dpm.py").read_text(encoding="utf-8")
+    assert sabotage.verdict(sabotage.Mutant("none", "dpm.py", "dpmpp_2m", source)) is None
+
+
+def test_every_equivalent_is_a_mutant():
+    names = [mutant.name for file in sabotage.files() for mutant in sabotage.mutants(file)]
+    assert [p for p in sabotage.EQUIVALENT if not any(re.fullmatch(p, name) for name in names)] == []
+
+
+def test_facts_are_stated_only_of_solvers_that_there_are():
+    assert set(judge.STATED) <= {*solver.ALL, *sabotage.OTHERS}
+    assert all(judge.stated(name).order == solver.ORDER.get(name) for name in solver.ALL)
