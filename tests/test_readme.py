@@ -13,14 +13,14 @@ import pytest
 
 from experiments import check, cli, inputs, train, trained
 from experiments import model as models
-from jaxdiff import data, errors, guide, likelihood, loss, nets, sample, schedule, solver, target, text
+from jaxdiff import data, discrete, errors, guide, likelihood, loss, nets, sample, schedule, solver, target, text
 from jaxdiff import train as training
 from tests import test_solver
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 ROOMS = {
     "Schedules": schedule, "Targets": target, "Weightings": loss, "Time samplers": loss, "Solvers": solver,
-    "Time grids": sample, "Likelihood": likelihood, "Guidance": guide, "Networks": nets, "Data": data, "Text": text,
+    "Time grids": sample, "Likelihood": likelihood, "Discrete data": discrete, "Guidance": guide, "Networks": nets, "Data": data, "Text": text,
     "Training": training,
 }  # fmt: skip
 

@@ -5,7 +5,7 @@
 
 Cost: 800,000 steps of 128 images, 35.7 M parameters: for a GPU or TPU. The whole run was not measured here.
 Expect: a loss that starts at 1, since the target is noise of unit variance. The paper's FID is 3.17.
-In 20 network calls a picture:  --config.sample.solver=dpmpp_2m --config.sample.grid=log_snr --config.sample.steps=20
+In 20 network calls a picture:  --config.sample.solver=unipc_2 --config.sample.grid=log_snr --config.sample.steps=20
 Data: tensorflow-datasets' cifar10, prepared once as array_record (no TensorFlow is needed to read it).
 """
 
