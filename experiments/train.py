@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Job:
     def __init__(self, config: Config, directory: Path):
         check.config(config)
         self.config, self.directory = config, directory
+        self.meta = {"config": workdir.lasting(config.to_dict())}  # goes into every checkpoint
         self.mesh = check.mesh(config)
         self.dataset = inputs.load(config)
         self.info = inputs.describe(self.dataset)
@@ -126,14 +127,15 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> float | None:
 
 def fit(job: Job) -> int:
     """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the signal's number."""
-    with checkpoint.Checkpoints(job.directory / "checkpoints", keep=job.config.train.keep) as checkpoints:
+    c = job.config.train
+    with checkpoint.Checkpoints(job.directory / "checkpoints", keep=c.keep, every=c.checkpoint_every) as checkpoints:
         checkpoints.prepare()
         print(job.describe())
         done, carry = _start(job, checkpoints)
-        bar = tqdm(total=job.config.train.steps, initial=done, unit="step", dynamic_ncols=True)
+        bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
         with bar, workdir.Log(job.directory, done) as log, Stop() as stop:
             done = _loop(job, carry, done, checkpoints, log, stop, bar)
-    if stop.signal is not None and done < job.config.train.steps:
+    if stop.signal is not None and done < c.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
         return 128 + stop.signal
     print(
@@ -143,18 +145,47 @@ def fit(job: Job) -> int:
 
 
 def _start(job: Job, checkpoints: checkpoint.Checkpoints) -> tuple[int, dict[str, Any]]:
-    """The newest checkpoint, or fresh parameters: each device is given only its own share."""
-    shardings = train.mesh.state_sharding(job.mesh, job.abstract)
+    """The newest checkpoint, or fresh parameters."""
     if checkpoints.latest() is None:
-        return 0, train.mesh.born_sharded(job.mesh, job.init)
-    carry, meta = checkpoints.restore(
-        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), job.abstract, shardings)
-    )
-    if "config" in meta:  # a checkpoint carried here from another run may have the same shapes
-        workdir.check_same(job.directory / "checkpoints", meta["config"], workdir.lasting(job.config.to_dict()))
+        return 0, _fresh(job)
+    carry = _restore(job, checkpoints, checkpoints.steps())
     done = int(carry["state"].step)
     print(f"resuming from step {done} of {job.config.train.steps}")
     return done, carry
+
+
+def _fresh(job: Job) -> dict[str, Any]:
+    return train.mesh.born_sharded(job.mesh, job.init)
+
+
+def _restore(job: Job, checkpoints: checkpoint.Checkpoints, among: Sequence[int]) -> dict[str, Any]:
+    """The newest sound checkpoint among those: each device is given only its own share."""
+    shardings = train.mesh.state_sharding(job.mesh, job.abstract)
+    carry, meta = checkpoints.restore(
+        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), job.abstract, shardings),
+        among=among,
+    )
+    if "config" in meta:  # a checkpoint carried here from another run may have the same shapes
+        workdir.check_same(job.directory / "checkpoints", meta["config"], job.meta["config"])
+    return carry
+
+
+def _go_back(job: Job, state: Any, end: int, checkpoints: checkpoint.Checkpoints) -> dict[str, Any]:
+    """The carry at step `end`, where the gradients are in trouble, with the parameters of the last good checkpoint.
+
+    Only those at a multiple of checkpoint_every count, which every run makes, whenever it was interrupted: so the
+    repeated run goes back to the same one.
+    """
+    checkpoints.wait()
+    among = [step for step in checkpoints.steps() if step < end and step % job.config.train.checkpoint_every == 0]
+    good = _restore(job, checkpoints, among) if among else _fresh(job)
+    tqdm.write(
+        f"the gradients are not finite before step {end}: back to the parameters of step {int(good['state'].step)}, "
+        "and on with the data that follow"
+    )
+    state = train.roll_back(good["state"], state, end)
+    carry = {"state": state, "window": jax.tree.map(jnp.zeros_like, good["window"])}
+    return jax.device_put(carry, train.mesh.state_sharding(job.mesh, carry))
 
 
 def _hint(job: Job) -> str:
@@ -179,42 +210,64 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
 
 def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
     c, k = job.config.train, check.steps_per_call(job.config, done)
-    step = _make_step(job, k)
-    feed = inputs.batches(job.dataset, seed=job.config.seed, step=done, batch_size=c.batch_size, steps=k)
-    rows = jax.device_put(job.rows, train.mesh.replicated(job.mesh))
-    draw = jax.jit(job.sampler)
-    previous, since, meta = None, (time.perf_counter(), done), {"config": workdir.lasting(job.config.to_dict())}
+    step, rows = _make_step(job, k), jax.device_put(job.rows, train.mesh.replicated(job.mesh))
+    feed, draw = _feed(job, done, k), jax.jit(job.sampler)
+    unheard, first, since = [], True, (time.perf_counter(), done)
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
     while done < c.steps:
         try:
             batches = next(feed)
         except DataError:  # a picture that cannot be read, found only now
-            checkpoints.save(carry, done, meta)
+            if _trouble(unheard, ahead=0) is None:
+                checkpoints.save(carry, done, job.meta)
             raise
         state, metrics = step(carry["state"], batches, rows)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
         done += k
-        if previous is None:
-            since = _first_call(bar, metrics, since, k)
-        else:
-            jax.block_until_ready(previous)  # stay one call ahead of the device, not more
-            bar.update(k)
-        previous = metrics["loss"]
-        if done % c.log_every == 0 or done == c.steps:
-            line = _line(carry["window"], int(state.bad_steps))
+        unheard.append((done, metrics["trouble"]))
+        if first:
+            first, since = False, _first_call(bar, metrics, since, k)
+        stopping = stop.signal is not None
+        end = _trouble(unheard, ahead=0 if stopping or any(_due(c, done).values()) else 1)
+        if end is not None:
+            carry, done, unheard = _go_back(job, carry["state"], end, checkpoints), end, []
+            feed, since = _feed(job, done, k), (time.perf_counter(), done)
+        bar.update(done - bar.n)
+        due = _due(c, done)
+        if due["log"]:
+            line = _line(carry["window"], int(carry["state"].bad_steps))
             carry["window"] = jax.tree.map(jnp.zeros_like, carry["window"])
             log.write("metrics", done, line)
             since = _speed(log, bar, line, done, since, c.batch_size)
-        if done == c.steps or (c.sample_every and done % c.sample_every == 0):
+        if due["sample"]:
             started = time.perf_counter()
-            save_grid(job, draw, state.ema_params["ema"], done)
+            save_grid(job, draw, carry["state"].ema_params["ema"], done)
             since = since[0] + time.perf_counter() - started, since[1]
-        stopping = stop.signal is not None
-        if stopping or done == c.steps or done % c.checkpoint_every == 0:
-            checkpoints.save(carry, done, meta)
+        if stopping or due["checkpoint"]:
+            checkpoints.save(carry, done, job.meta)
         if stopping:
             break
     return done
+
+
+def _feed(job: Job, done: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
+    c = job.config
+    return inputs.batches(job.dataset, seed=c.seed, step=done, batch_size=c.train.batch_size, steps=steps)
+
+
+def _due(c: Config, done: int) -> dict[str, bool]:
+    """What is to be done after step `done`; all of it after the last one."""
+    every = {"log": c.log_every, "sample": c.sample_every, "checkpoint": c.checkpoint_every}
+    return {name: done == c.steps or (steps > 0 and done % steps == 0) for name, steps in every.items()}
+
+
+def _trouble(unheard: list[tuple[int, Any]], ahead: int) -> int | None:
+    """Wait until the device is `ahead` calls behind, not more; returns the end of the first call in trouble."""
+    while len(unheard) > ahead:
+        end, trouble = unheard.pop(0)
+        if np.any(trouble):
+            return end
+    return None
 
 
 def _first_call(bar: tqdm, metrics: dict[str, Any], since: tuple[float, int], steps: int) -> tuple[float, int]:

@@ -124,6 +124,19 @@ def test_the_last_two_sound_steps_outlive_any_number_of_others(folder):
     assert Checkpoints(folder).steps() == [6, 7]
 
 
+def test_the_newest_multiple_outlives_any_number_of_others(tmp_path):
+    with Checkpoints(tmp_path, keep=2, every=4) as checkpoints:
+        for n in (3, 4, 5, 6, 7):
+            checkpoints.save({"w": n * NORMAL}, n)
+        checkpoints.wait()
+        assert checkpoints.steps() == [4, 6, 7]
+        checkpoints.save({"w": NORMAL}, 8)
+    assert Checkpoints(tmp_path).steps() == [7, 8]
+    np.testing.assert_array_equal(Checkpoints(tmp_path).restore(TEMPLATE, among=[7, 3])[0]["w"], 7 * NORMAL)
+    with pytest.raises(CheckpointError, match=r"none of the steps \[4\] is in .* Give one of \[7, 8\]"):
+        Checkpoints(tmp_path).restore(TEMPLATE, among=[4])
+
+
 def test_what_a_kill_leaves_is_cleared_at_the_start_and_nothing_else(folder):
     for name in ("3.saving", "3.saving.orbax-checkpoint-tmp", "1.deleting", "4.orbax-checkpoint-tmp-9"):
         shutil.copytree(folder / "2", folder / name)

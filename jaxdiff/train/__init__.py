@@ -3,7 +3,17 @@
 from jaxdiff.train import ema, mesh
 from jaxdiff.train.checkpoint import Checkpoints
 from jaxdiff.train.optimizer import adam
-from jaxdiff.train.state import TrainState, create_state
+from jaxdiff.train.state import TrainState, create_state, roll_back
 from jaxdiff.train.step import logsnr_buckets, make_step
 
-__all__ = ["Checkpoints", "TrainState", "adam", "create_state", "ema", "logsnr_buckets", "make_step", "mesh"]
+__all__ = [
+    "Checkpoints",
+    "TrainState",
+    "adam",
+    "create_state",
+    "ema",
+    "logsnr_buckets",
+    "make_step",
+    "mesh",
+    "roll_back",
+]

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,19 +86,19 @@ def _finite(state: PyTree) -> Any:
 class Checkpoints:
     """The checkpoints in one directory. Nothing is written, not even the directory, before `prepare` or `save`.
 
-    Keeps the `keep` newest sound steps: those that are what was sealed, and finite. Saves run in the background:
-    `wait` for them, or use it as a context manager. One process writes to a directory at a time; any number may read.
-    Raises ConfigError for keep < 2.
+    Keeps the `keep` newest sound steps (they are what was sealed, and finite), and the newest one that is a multiple
+    of `every`. Saves run in the background: `wait` for them, or use it as a context manager. One process writes to a
+    directory at a time; any number may read. Raises ConfigError for keep < 2.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, every: int = 1):
         if keep < 2:
             raise ConfigError(
                 f"keep must be an integer >= 2, got {keep}. The newest step may be damaged, and then the one before "
                 "it is needed: pass 2."
             )
         self.directory = Path(directory).expanduser().absolute()
-        self._keep = keep
+        self._keep, self._every = keep, every
         self._thread: ThreadPoolExecutor | None = None
         self._saving: Future[None] | None = None
         self._started: int | None = None
@@ -160,14 +160,18 @@ class Checkpoints:
         """The dictionary saved with `step` (default: the newest). Raises CheckpointError as `restore` does."""
         return self._record(self._existing(step)[-1])["meta"]
 
-    def restore(self, template: T, step: int | None = None) -> tuple[T, dict[str, Any]]:
+    def restore(
+        self, template: T, step: int | None = None, *, among: Sequence[int] | None = None
+    ) -> tuple[T, dict[str, Any]]:
         """(state, meta) of `step`; by default of the newest sound step, with a warning for each that was passed over.
 
-        `template` has the shapes, dtypes and shardings wanted: a state, or `jax.eval_shape` of one.
+        `template` has the shapes, dtypes and shardings wanted: a state, or `jax.eval_shape` of one. `among` are the
+        steps to choose from (default: all). A `step` that was asked for need not be finite.
         Raises CheckpointError where there is none, where all are damaged, or where the template is of another model.
-        A `step` that was asked for need not be finite.
         """
-        candidates = self._existing(step)
+        candidates = [there for there in self._existing(step) if among is None or there in among]
+        if not candidates:
+            raise CheckpointError(f"none of the steps {among} is in {self.directory}. Give one of {self.steps()}.")
         while True:
             candidate = candidates.pop()
             try:
@@ -244,13 +248,17 @@ class Checkpoints:
         self._folder(step, "saving").rename(self._folder(step))
         seal.sync(self.directory)
         self._sound[step] = finite
-        kept = 0
-        for old in reversed(self.steps()):
-            if kept < self._keep:
-                kept += self._is_sound(old)
-            else:
-                self._folder(old).rename(self._folder(old, "deleting"))
-                shutil.rmtree(self._folder(old, "deleting"))
+        self._delete_old()
+
+    def _delete_old(self) -> None:
+        kept, multiple = 0, False
+        for step in reversed(self.steps()):
+            wanted = kept < self._keep or not (multiple or step % self._every)
+            if not wanted:
+                self._folder(step).rename(self._folder(step, "deleting"))
+                shutil.rmtree(self._folder(step, "deleting"))
+            elif self._is_sound(step):
+                kept, multiple = kept + 1, multiple or step % self._every == 0
 
     def _is_sound(self, step: int) -> bool:
         if step not in self._sound:

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.train import ema as ema_lib
+from jaxdiff.train import guard
 from jaxdiff.train import mesh as mesh_lib
 from jaxdiff.train.state import TrainState
 from jaxdiff.types import Array, Key, PyTree
@@ -37,7 +38,7 @@ def take(data: PyTree, indices: Array) -> PyTree:
 
 
 def no_summary(losses: Array, aux: dict[str, Array]) -> Metrics:
-    """Nothing beyond loss, grad_norm and bad_steps."""
+    """Nothing beyond loss, grad_norm, bad_steps and trouble."""
     del losses, aux
     return {}
 
@@ -128,7 +129,7 @@ def make_step(
     `data` that is `batches[i]`; with `data`, arrays resident on the device (never donated), the rows `batches[i]`.
     `ema` maps names to decays: a float is `ema.warmed(float)`; use the same names in `create_state`. Micro-batch i
     of `accumulate` is examples i, i + a, ... Metrics, each (steps_per_call, ...): loss, grad_norm (before
-    clipping), bad_steps, and what `summary(losses, aux)` returns.
+    clipping), bad_steps, trouble (`guard.trouble`), and what `summary(losses, aux)` returns.
     Raises ConfigError for counts < 1, and at the call for batches of the wrong shape or indivisible.
     """
     for name, value in (("accumulate", accumulate), ("steps_per_call", steps_per_call)):
@@ -144,7 +145,9 @@ def make_step(
         new = _advance(state, grads, jnp.isfinite(loss) & jnp.isfinite(norm), optimizer, decays)
         if mesh is not None:
             new = jax.lax.with_sharding_constraint(new, mesh_lib.state_sharding(mesh, new))
-        return new, {"loss": loss, "grad_norm": norm, "bad_steps": new.bad_steps, **summary(losses, aux)}
+        trouble = guard.trouble(new.bad_at, state.step)
+        own = {"loss": loss, "grad_norm": norm, "bad_steps": new.bad_steps, "trouble": trouble}
+        return new, own | summary(losses, aux)
 
     def run(state: TrainState, root: Key, batches: PyTree, data: PyTree) -> tuple[TrainState, Metrics]:
         return _loop(lambda s, batch: one(s, batch, root, data), state, batches, mesh)
@@ -235,4 +238,6 @@ def _advance(
         ema_params=keep(averages, state.ema_params),
         opt_state=keep(opt_state, state.opt_state),
         bad_steps=state.bad_steps + (~finite).astype(jnp.int32),
+        bad_at=guard.remember(state.bad_at, state.step, finite),
+        skipped=state.skipped,
     )
