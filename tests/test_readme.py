@@ -20,8 +20,8 @@ from tests import test_solver
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 ROOMS = {
     "Schedules": schedule, "Targets": target, "Weightings": loss, "Time samplers": loss, "Solvers": solver,
-    "Time grids": sample, "Likelihood": likelihood, "Discrete data": discrete, "Guidance": guide, "Networks": nets, "Data": data, "Text": text,
-    "Training": training,
+    "Time grids": sample, "Likelihood": likelihood, "Discrete data": discrete,
+    "Guidance": guide, "Networks": nets, "Data": data, "Text": text, "Training": training,
 }  # fmt: skip
 
 
