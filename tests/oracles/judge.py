@@ -11,6 +11,7 @@ count and data, so that judging takes about half a second:
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -85,6 +86,7 @@ class Facts:
     kinds: the grids (see `grid`) for which that is stated; more: others, with their `order` and `most`.
     up: it goes from data to noise. long: steps through all noise levels do it no harm.
     gain: the share of the noise of the reverse diffusion that it draws (eta or eta^2), if that is stated.
+    calls: of the network in each of the first four steps.
     small: of smaller errors of a law no order is asked, as they may pass through 0.
     moves: it changes x and t before it asks; churn: so that sigma / alpha is so many times larger, a function of it.
     noise: it is the posterior q(x_s | x_t, x0) with the estimate for x0, and so much noise (of sigma_t, sigma_s, c).
@@ -101,6 +103,7 @@ class Facts:
     long: bool = True
     gain: float | None = 1.0
     loops: int = 0
+    calls: tuple[int, ...] | None = None
     small: float = 1e-9
     moves: bool = False
     churn: Callable[[Any], Any] | None = None
@@ -184,15 +187,16 @@ STATED = {
     "unipc_3": Facts(order=3, most=4, more=(("start", 4, 4),)),
     "deis_3": Facts(order=3, more=(("start", 3, 3),)),
     "lms": Facts(order=2, most=4, more=(("start", 4, 4),)),
-    "plms": Facts(order=2, most=4, kinds=_EQUAL, more=(("sigma", 3, 4),)),
-    "pndm": Facts(order=2, most=4, long=False, kinds=_EQUAL, more=(("sigma", 4, 4),)),
+    "plms": Facts(calls=(2, 1, 1, 1), order=2, most=4, kinds=_EQUAL, more=(("sigma", 3, 4),)),
+    "pndm": Facts(calls=(4, 4, 4, 1), order=2, most=4, long=False, kinds=_EQUAL, more=(("sigma", 4, 4),)),
     "ipndm": Facts(order=2, most=4, kinds=_EQUAL, more=(("sigma", 2, 4),)),
     "dpmpp_2m_sde": Facts(weak=2),
     "dpmpp_3m_sde": Facts(weak=2),
     "dpmpp_sde": Facts(weak=2),
     "sa_solver": Facts(weak=2),
     "heun_churn": Facts(weak=2, gain=None, churn=lambda rho: 1.2, at=_churned),
-    "heun_churn_range": Facts(weak=2, gain=None, churn=lambda rho: 1.2 if 0.5 < rho < 1.5 else 1.0, at=_churned),
+    "euler_churn": Facts(gain=None, churn=lambda rho: 1.2, at=_churned),
+    "heun_churn_range": Facts(weak=2, gain=None, churn=lambda rho: 1.2 if 0.4 < rho < 0.9 else 1.0, at=_churned),
     "dpm2": Facts(order=2, long=False),  # its points are uniform in log-SNR, its weights in sigma / alpha
     "ddim_eta_half": Facts(gain=0.25),
     "dpmpp_2m_sde_half": Facts(weak=2, gain=0.5),
@@ -202,7 +206,7 @@ STATED = {
     "dpmpp_2m_sde_flow": Facts(order=2),
     "dpmpp_3m_sde_flow": Facts(order=2, most=3, more=(("start", 3, 3),)),
     "dpmpp_sde_flow": Facts(order=2),
-    "sa_solver_flow": Facts(order=2, most=3, kinds=("logsnr", "full"), more=(("start", 2, 3),)),
+    "sa_solver_flow": Facts(order=2, most=3, kinds=("logsnr", "full")),
     "predictor_corrector": Facts(gain=None),
     "annealed_langevin": Facts(gain=None, loops=10, moves=True),
     "restart": Facts(gain=None, loops=3 * 7),
@@ -227,6 +231,7 @@ def complaints(make: Callable[[Any], Any], facts: Facts) -> Iterator[str]:
         run = walk(make)
         if facts.up:
             yield from _order(run, facts)
+            yield from _asks_above(make)
             return
         yield from _ends(run)
         yield from _rows(run, facts.order is not None)
@@ -258,7 +263,7 @@ def _types(make) -> Iterator[str]:
 def _clean_end(make, facts) -> Iterator[str]:
     """The step to sigma = 0 asks once and returns what it was told, whatever came before."""
     family = FAMILIES["vp"]  # sigma / alpha = t / (1 - t)
-    solve, asked = make(family), []
+    solve, asked, counts = make(family), [], []
 
     def denoise(x, t):
         asked.append((x, t))
@@ -267,7 +272,8 @@ def _clean_end(make, facts) -> Iterator[str]:
     x = jnp.asarray([[0.3, -1.2], [0.7, 0.1]])
     memory = solve.init(x)
     with jax.disable_jit():
-        for n, (t, s) in enumerate([(0.5, 0.4), (0.4, 0.25), (0.25, 0.0)]):
+        for n, (t, s) in enumerate(itertools.pairwise([0.6, 0.5, 0.4, 0.3, 0.25, 0.0])):
+            counts.append(len(asked))
             asked.clear()
             before, keys = x, jax.random.split(jax.random.key(n), 2)
             x, memory = solve.step(keys, denoise, x, jnp.asarray(t), jnp.asarray(s), memory)
@@ -276,8 +282,21 @@ def _clean_end(make, facts) -> Iterator[str]:
                 yield f"a step from t = {t} asks first at t = {asked[0][1]}, not {start}"
             if not facts.moves and facts.churn is None and not np.array_equal(asked[0][0], before):
                 yield f"a step from t = {t} does not ask at its start"
+    if facts.calls is not None and tuple(counts[1:]) != facts.calls:
+        yield f"calls the network {counts[1:]} times, not {facts.calls}"
     if len(asked) != 1 or not np.allclose(x, jnp.sin(7 * asked[-1][0]), atol=1e-9):
         yield f"the step to sigma = 0 asks {len(asked)} times, or does not return what it is told"
+
+
+def _asks_above(make) -> Iterator[str]:
+    """On the way up the network is asked at the end of a step: at its start there may be no noise."""
+    asked = []
+    with jax.disable_jit():
+        solve, x = make(FAMILIES["vp"]), jnp.ones((2, 1))
+        denoise = lambda x, t: (asked.append(t), 0.5 * x)[1]  # noqa: E731
+        solve.step(jax.random.split(jax.random.key(0), 2), denoise, x, jnp.zeros(()), jnp.asarray(0.3), solve.init(x))
+    if asked != [0.3]:
+        yield f"a step from t = 0 up to 0.3 asks at {asked}"
 
 
 def _ends(run) -> Iterator[str]:
@@ -348,16 +367,16 @@ def _distance(run) -> Iterator[str]:
 
 
 def _long_steps(run) -> Iterator[str]:
-    """In 4 steps of 15 in log-SNR each, through all noise levels: at most twice as far from the end as Euler's is."""
-    for name in ("vp", "flow"):
-        times = FAMILIES[name].time(np.exp(np.linspace(15.0, -15.0, 5)))
-        for case in problems():
-            if case[:3] == (name, "gaussian", "full"):
-                data, x, truth = case[3:]
-                end = run(jax.random.key(0), FAMILIES[name], data, x, padded(times), 4)
-                bound = 2 * float(jnp.abs(_euler_over(name, data, x, times) - truth).max())
-                if not float(jnp.abs(end - truth).max()) <= bound:
-                    yield f"in 4 long steps on {name} farther from the end than {bound:.1e}"
+    """Through all noise levels in steps of 1.8, 3, 15 in log-SNR: not much farther from the end than Euler's method."""
+    for name, (num_steps, reach, factor) in itertools.product(
+        ("vp", "flow"), ((12, 5.4, 1.001), (8, 6.0, 1.001), (4, 15.0, 2.0))
+    ):
+        times = FAMILIES[name].time(np.exp(np.linspace(reach, -reach, num_steps + 1)))
+        data, x, truth = next(case[3:] for case in problems() if case[:3] == (name, "gaussian", "full"))
+        end = run(jax.random.key(0), FAMILIES[name], data, x, padded(times), num_steps)
+        bound = factor * float(jnp.abs(_euler_over(name, data, x, times) - truth).max())
+        if not float(jnp.abs(end - truth).max()) <= bound:
+            yield f"in {num_steps} long steps on {name} farther from the end than {bound:.1e}"
 
 
 @functools.cache
