@@ -52,7 +52,7 @@ EQUIVALENT: dict[str, str] = {
     r"base\.py: mix: sigma_t -> sigma_s": "in a guard: neither is 0 where it counts",
     r".* \+ .*(noise\(|process\.normal\(| new).* -> .* - .*": "noise of the other sign has the same law",
     r"dpm\.py: dpmpp_2m: (2 -> 3|\(schedule.logsnr\(s\) - schedule.logsnr\(t\)\) / 2 -> .*)": "only the ratio counts",
-    r"ancestral\.py: ddpm: jnp\.where\(sigma_s > 0, sigma_s / sigma_t, 1\.0\) -> sigma_s / sigma_t": "std is masked there",
+    r"ancestral\.py: ddpm: jnp\.where\(sigma_s > 0, sigma_s / sigma_t, 1\.0\) -> sigma_s / sigma_t": "masked",
     r"runge_kutta\.py: _make_churn: (jnp\.where\(alpha > 0|alpha -> sigma).*": "a guard: no churn where alpha is 0",
     r"dpm\.py: dpmpp_2m: \(schedule\.sigma\(s\) > 0\) & \(h_prev > 0\) -> schedule\.sigma\(s\) > 0": "h is not 0",
     r".*: (no_past|dpmpp_2m|dpmpp_3m_sde): jnp\.zeros_like -> jnp\.ones_like.*": "what is not there yet has weight 0",
