@@ -4,6 +4,9 @@ All of them are ValueErrors, so `except ValueError` works, and all are JaxdiffEr
 exactly what this package raises on purpose.
 """
 
+from numbers import Integral
+from typing import Any
+
 
 class JaxdiffError(ValueError):
     """Base class of every error that jaxdiff raises on purpose."""
@@ -27,3 +30,10 @@ class UnsafeFileError(JaxdiffError):
 
 class NonFiniteError(JaxdiffError):
     """Numbers have become NaN or infinite where they must not."""
+
+
+def check_count(name: str, value: Any, hint: str, *, least: int = 1) -> int:
+    """`value` as an int. Raises ConfigError, ending with `hint`, unless it is an integer (Python or NumPy) >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigError(f"{name} must be an integer >= {least}, got {value!r}. {hint}")
+    return int(value)

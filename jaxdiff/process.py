@@ -57,10 +57,22 @@ def example_keys(key: Key, b: int) -> Key:
 
     Raises ConfigError for anything but one typed key or b of them.
     """
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        raise ConfigError(f"key must be a typed key, got an array of {key.dtype}. Use jax.random.key(seed).")
+    kind = getattr(key, "dtype", type(key).__name__)
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(kind, jax.dtypes.prng_key)):
+        raise ConfigError(f"key must be a typed key, got one of {kind}. Use jax.random.key(seed).")
     if key.ndim == 0:
         return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(b))
     if key.shape != (b,):
         raise ConfigError(f"key must be one key or {b} keys, one for each example, got shape {key.shape}.")
     return key
+
+
+def fold_keys(keys: Key, n: Array) -> Key:
+    """fold_in(key, n) of each of (b,) keys; n is a scalar or (b,)."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(n, keys.shape))
+
+
+def split_keys(keys: Key) -> tuple[Key, Key]:
+    """Two keys from each of (b,) keys, for an example that draws twice."""
+    both = jax.vmap(jax.random.split)(keys)
+    return both[:, 0], both[:, 1]

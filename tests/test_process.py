@@ -99,7 +99,11 @@ def test_noise_of_an_example_does_not_depend_on_the_batch():
 
 @pytest.mark.parametrize(
     ("key", "message"),
-    [(lambda: jax.random.split(keys(0), 3), "2 keys"), (lambda: jnp.zeros(2, jnp.uint32), "typed key")],
+    [
+        (lambda: jax.random.split(keys(0), 3), "2 keys"),
+        (lambda: jnp.zeros(2, jnp.uint32), "typed key"),
+        (lambda: 7, "one of int"),
+    ],
 )
 def test_bad_keys_are_refused(key, message):
     with pytest.raises(ConfigError, match=message):

@@ -282,5 +282,7 @@ def test_wrong_keys_shapes_and_scalars_are_refused():
         sample.sample(jax.random.PRNGKey(0), DATA.denoise, jnp.zeros((2, 1)), times, solve)
     with pytest.raises(errors.ConfigError, match=r"shape of x, \(2, 1\); got \(2, 2\)"):
         sample.sample(jax.random.key(0), lambda x, t: jnp.zeros((2, 2)), jnp.zeros((2, 1)), times, solve)
+    with pytest.raises(errors.ConfigError, match=r"ddim.*call it with the schedule"):
+        sample.sample(jax.random.key(0), DATA.denoise, jnp.zeros((2, 1)), times, solver.ddim)  # pyright: ignore
     with pytest.raises(errors.ConfigError, match="scalar"):
         sample.sample(jax.random.key(0), DATA.denoise, jnp.zeros(()), times, solve)

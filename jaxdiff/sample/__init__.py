@@ -18,8 +18,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from jaxdiff import process
 from jaxdiff.errors import ConfigError
@@ -38,6 +36,7 @@ from jaxdiff.sample.grids import (
     uniform_grid,
 )
 from jaxdiff.schedule import as_float
+from jaxdiff.schedule.base import check_times
 from jaxdiff.types import Array, Denoiser, Key, Solver
 
 __all__ = [
@@ -121,11 +120,13 @@ def _run(
     return_trajectory: bool,
     callback: Callback | None,
 ) -> Any:
-    if jnp.ndim(x) < 1:
+    x = as_float(x)
+    if x.ndim < 1:
         raise ConfigError(
             "x must have shape (b, ...), got a scalar. Make noise with process.prior(key, schedule, shape)."
         )
-    x = as_float(x)
+    if callable(solver):
+        raise ConfigError(f"solver is the function {solver!r}: call it with the schedule, as solver.ddim(schedule).")
     times = check_times(times, x.dtype)[::direction]
     keys = process.example_keys(key, x.shape[0])
     denoise = checked(denoise)
@@ -133,8 +134,7 @@ def _run(
 
     def body(carry: Any, step: tuple[Array, Array, Array]) -> tuple[Any, Any]:
         (x, memory), (n, t, s) = carry, step
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
-        x, memory = solver.step(step_keys, denoise, x, t, s, memory)
+        x, memory = solver.step(process.fold_keys(keys, n), denoise, x, t, s, memory)
         if callback is not None:
             x = _report(callback, x, n, num_steps)
         return (x, memory), x if return_trajectory else None
@@ -165,21 +165,3 @@ def checked(denoise: Denoiser) -> Denoiser:
         return jax.tree.map(lambda leaf: leaf.astype(x.dtype), out)
 
     return inner
-
-
-def check_times(times: Any, dtype: Any) -> Array:
-    """`times` as an array of `dtype`. Raises ConfigError unless decreasing, in [0, 1]; traced ones go unchecked."""
-    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        raise ConfigError(
-            f"times must be one row of at least 2 times, got shape {np.shape(times)}. "
-            "Make one with sample.uniform_grid(schedule, num_steps)."
-        )
-    if not isinstance(times, Tracer):
-        # Checked as the device will see them: two times may differ in float64 and be equal in float32.
-        values = np.asarray(times).astype(dtype)
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1 and (np.diff(values) < 0).all()):
-            raise ConfigError(
-                f"times must be finite, in [0, 1] and strictly decreasing (in {jnp.dtype(dtype).name}), got {values}. "
-                "Time 1 is noise and 0 is data; reverse an increasing grid with times[::-1]."
-            )
-    return jnp.asarray(times, dtype)

@@ -3,9 +3,12 @@
 logsnr = 2 (log alpha - log sigma), clamped to +-80
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxdiff.errors import ConfigError
 from jaxdiff.types import Array, Schedule
@@ -78,6 +81,24 @@ def require(ok: bool, message: str) -> None:
     """Raise ConfigError with `message` unless `ok`."""
     if not ok:
         raise ConfigError(message)
+
+
+def check_times(times: Any, dtype: Any) -> Array:
+    """`times` as an array of `dtype`. Raises ConfigError unless decreasing, in [0, 1]; traced ones go unchecked."""
+    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
+        raise ConfigError(
+            f"times must be one row of at least 2 times, got shape {np.shape(times)}. "
+            "Make one with sample.uniform_grid(schedule, num_steps), or discrete.grid(num_steps) for tokens."
+        )
+    if not isinstance(times, Tracer):
+        # Checked as the device will see them: two times may differ in float64 and be equal in float32.
+        values = np.asarray(times).astype(dtype)
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1 and (np.diff(values) < 0).all()):
+            raise ConfigError(
+                f"times must be finite, in [0, 1] and strictly decreasing (in {jnp.dtype(dtype).name}), got {values}. "
+                "Time 1 is noise and 0 is data; reverse an increasing grid with times[::-1]."
+            )
+    return jnp.asarray(times, dtype)
 
 
 class Base:
