@@ -61,7 +61,7 @@ def test_a_langevin_move_is_euler_maruyama_on_the_score():
 
 
 def test_predictor_corrector_is_the_predictor_and_then_moves():
-    # Variances by hand: DDIM is linear, a move too. The corrector of Song et al., Algorithm 2: 2 (snr sigma)^2.
+    # Variances by hand: DDIM is linear, a move too. Song et al., Algorithm 4: x + e score + sqrt(2 e) z.
     used, snr, moves = schedule.edm(), 0.3, 2
     times = np.asarray(smooth_grid(used, 6))
     alpha, sigma = levels(used, times)
@@ -69,8 +69,8 @@ def test_predictor_corrector_is_the_predictor_and_then_moves():
     for a, b in itertools.pairwise(sigma):
         variance *= (VARIANCE / (VARIANCE + a**2) * (1 - b / a) + b / a) ** 2
         for _ in range(moves):
-            delta = 2 * (snr * b) ** 2
-            variance = (1 - delta / (2 * (VARIANCE + b**2))) ** 2 * variance + delta
+            e = 2 * (snr * b) ** 2
+            variance = (1 - e / (VARIANCE + b**2)) ** 2 * variance + 2 * e
     make = solver.predictor_corrector(used, solver.ddim(used), snr=snr, moves=moves)
     assert exact_laws(make, used, [times], draws=12)[0].variance == pytest.approx(variance, rel=1e-9)
 
@@ -165,7 +165,8 @@ def test_sa_solver_is_of_order_two_in_law_at_least(tau, num_steps):
         (lambda used: solver.predictor_corrector(used, solver.ddim(used), snr=1.0), "snr"),
         (lambda used: solver.predictor_corrector(used, solver.ddim(used), snr=-0.1), "snr"),
         (lambda used: solver.restart(used, solver.heun(used), sigma_range=(1.0, 0.5)), "low < high"),
-        (lambda used: solver.restart(used, solver.heun(used), repeats=0), "integers repeats"),
+        (lambda used: solver.restart(used, solver.heun(used), sigma_range=(1.0, np.inf)), "low < high < inf"),
+        (lambda used: solver.restart(used, solver.heun(used), repeats=0), "repeats must be an integer >= 1, got 0"),
         (lambda used: solver.sa_solver(used, tau=-1.0), "tau must.*-1"),
     ],
 )

@@ -4,20 +4,20 @@
     that is                     x <- x - (r / 2) (x - alpha D(x, t)) + sqrt(r) sigma z
 
 The step is relative to the noise level, as in NCSN (delta_i = e sigma_i^2 / sigma_L^2), so r is one number for all.
-Predictor-corrector sets it by a signal-to-noise ratio snr, delta = 2 (snr |z| / |score|)^2. Here |z| / |score| is
-sigma, its value where x_t is mostly noise: r = 2 snr^2. Measured norms would make the move's target p(x) |score|^2,
-not p(x) (wrong by 2 / d in d dimensions), and their mean over a batch would let one example change another.
+Predictor-corrector sets it by a signal-to-noise ratio snr: x + e score + sqrt(2 e) z, e = 2 (snr |z| / |score|)^2.
+Here |z| / |score| is sigma, its value where x_t is mostly noise; delta = 2 e, so r = 4 snr^2. Measured norms would make
+the move's target p(x) |score|^2, not p(x) (wrong by 2 / d in d dimensions), and their mean over a batch would let one
+example change another.
 """
-
-from math import isfinite
 
 import jax
 import jax.numpy as jnp
 
 from jaxdiff import process
 from jaxdiff.denoise import estimate
-from jaxdiff.errors import ConfigError
-from jaxdiff.solver.base import no_memory, split
+from jaxdiff.errors import ConfigError, check_count
+from jaxdiff.process import fold_keys, split_keys
+from jaxdiff.solver.base import no_memory
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver
 
 
@@ -29,7 +29,9 @@ def annealed_langevin(schedule: Schedule, *, step_size: float = 0.2, moves: int 
     near the truth where levels are dense (few per cent of sigma apart) and r is small.
     Raises ConfigError unless 0 < step_size < 2 and moves is an integer >= 1.
     """
-    _check(step_size, moves, "step_size", "NCSN's is 0.2")
+    if not 0 < step_size < 2:
+        raise ConfigError(f"step_size must lie between 0 and 2 (larger moves diverge), got {step_size}. NCSN's is 0.2.")
+    moves = _check_moves(moves)
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
         alpha_t, sigma_s = schedule.alpha(t), schedule.sigma(s)
@@ -47,14 +49,16 @@ def predictor_corrector(schedule: Schedule, solver: Solver, *, snr: float = 0.16
 
     snr: the paper's signal-to-noise ratio r (0.16 for VE, 0.01 for VP). No moves at sigma = 0. Where the predictor
     remembers earlier answers, it remembers those before the moves.
-    Raises ConfigError unless 0 < snr < 1 and moves is an integer >= 1.
+    Raises ConfigError unless 0 < snr < 0.7 and moves is an integer >= 1.
     """
-    _check(2 * snr**2 if snr > 0 else snr, moves, "2 snr^2", "Song et al. use snr=0.16")
+    if not 0 < snr < 0.7:
+        raise ConfigError(f"snr must lie between 0 and 0.7 (larger moves diverge), got {snr}. Song et al. use 0.16.")
+    moves = _check_moves(moves)
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        key_predict, key_correct = split(key)
+        key_predict, key_correct = split_keys(key)
         x, memory = solver.step(key_predict, denoise, x, t, s, memory)
-        return langevin(key_correct, schedule, denoise, x, s, 2 * snr**2, moves), memory
+        return langevin(key_correct, schedule, denoise, x, s, 4 * snr**2, moves), memory
 
     return Solver(solver.init, step)
 
@@ -66,15 +70,12 @@ def langevin(
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
 
     def move(i: Array, x: Array) -> Array:
-        new = process.normal(jax.vmap(jax.random.fold_in, (0, None))(key, i), x.shape, x.dtype)
+        new = process.normal(fold_keys(key, i), x.shape, x.dtype)
         pull = jax.lax.cond(sigma > 0, lambda: x - alpha * estimate(denoise(x, t)), lambda: jnp.zeros_like(x))
         return x - step_size / 2 * pull + step_size**0.5 * sigma * new
 
     return jax.lax.fori_loop(0, moves, move, x)
 
 
-def _check(step_size: float, moves: int, name: str, usual: str) -> None:
-    if not (isfinite(step_size) and 0 < step_size < 2):
-        raise ConfigError(f"{name} must lie between 0 and 2, got {step_size}: larger moves diverge. {usual}.")
-    if isinstance(moves, bool) or not isinstance(moves, int) or moves < 1:
-        raise ConfigError(f"moves must be an integer >= 1, got {moves!r}. For no moves, use the predictor alone.")
+def _check_moves(moves: int) -> int:
+    return check_count("moves", moves, "For no moves, use a solver without them, as ddim(schedule, eta=1.0).")

@@ -4,12 +4,15 @@ up      x_max = (alpha_max / alpha_min) x_min + sqrt(sigma_max^2 - (alpha_max si
 down    the solver over rho_i = (rho_max^(1/7) + i / N (rho_min^(1/7) - rho_max^(1/7)))^7,   rho = sigma / alpha
 """
 
+from math import inf
+
 import jax
 import jax.numpy as jnp
 
 from jaxdiff import process
-from jaxdiff.errors import ConfigError
-from jaxdiff.solver.base import lost_snr, split
+from jaxdiff.errors import ConfigError, check_count
+from jaxdiff.process import fold_keys, split_keys
+from jaxdiff.solver.base import lost_snr
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver
 
 
@@ -25,18 +28,16 @@ def restart(
 
     The step that reaches sigma / alpha = low of sigma_range = (low, high), or passes it, is followed by `repeats`
     turns: noise up to high, `num_steps` steps of the solver (its memory new) down to where it was. Not at sigma = 0.
-    Raises ConfigError unless 0 < low < high, and repeats and num_steps are integers >= 1.
+    Raises ConfigError unless 0 < low < high < inf, and repeats and num_steps are integers >= 1.
     """
     low, high = sigma_range
-    counts_fine = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in (repeats, num_steps))
-    if not (0 < low < high and counts_fine):
-        raise ConfigError(
-            "restart needs sigma_range = (low, high) with 0 < low < high, and integers repeats, num_steps >= 1; "
-            f"got {sigma_range}, {repeats!r}, {num_steps!r}. Without restarts, use the solver itself."
-        )
+    if not 0 < low < high < inf:
+        raise ConfigError(f"sigma_range must be (low, high) with 0 < low < high < inf, got {sigma_range}.")
+    repeats = check_count("repeats", repeats, "Without restarts, use the solver itself.")
+    num_steps = check_count("num_steps", num_steps, "These are the steps of one turn; 6 is usual.")
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        key_step, key_turns = split(key)
+        key_step, key_turns = split_keys(key)
         x, memory = solver.step(key_step, denoise, x, t, s, memory)
         rho_t, rho_s = (jnp.exp(-schedule.logsnr(u) / 2) for u in (t, s))
         # In steps longer than the range, the level reached may lie far below it: then from there.
@@ -48,7 +49,7 @@ def restart(
 
         def turn(i: Array, x: Array) -> Array:
             keys = jax.random.wrap_key_data(data, impl=impl)
-            key_up, key_down = split(jax.vmap(jax.random.fold_in, (0, None))(keys, i))
+            key_up, key_down = split_keys(fold_keys(keys, i))
             return _down(key_down, solver, denoise, _up(key_up, schedule, x, s, times[0]), times)
 
         return jax.lax.cond(passes, lambda: jax.lax.fori_loop(0, repeats, turn, x), lambda: x), memory
@@ -75,8 +76,7 @@ def _down(key: Key, solver: Solver, denoise: Denoiser, x: Array, times: Array) -
 
     def body(carry: tuple[Array, PyTree], step: tuple[Array, Array, Array]) -> tuple[tuple[Array, PyTree], None]:
         (x, memory), (n, t, s) = carry, step
-        keys = jax.vmap(jax.random.fold_in, (0, None))(key, n)
-        return solver.step(keys, denoise, x, t, s, memory), None
+        return solver.step(fold_keys(key, n), denoise, x, t, s, memory), None
 
     steps = (jnp.arange(times.shape[0] - 1), times[:-1], times[1:])
     return jax.lax.scan(body, (x, solver.init(x)), steps)[0][0]
