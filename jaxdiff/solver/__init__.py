@@ -5,7 +5,8 @@
     probability flow       dx = x0 dalpha + eps dsigma        (any schedule; no 1 / alpha, so pure noise can start)
     noise from s to t      var_ts = sigma_t^2 - (alpha_t sigma_s / alpha_s)^2 = sigma_t^2 (1 - SNR_t / SNR_s)
 
-A step goes from time t to s < t (only `ddim_inversion` goes up). Where sigma_s = 0 every solver returns D(x_t, t).
+A step goes from time t to s < t (only `ddim_inversion` goes up). Where sigma_s = 0 every solver returns D, the answer
+to its last call. All settings (eta, order, ...) are Python numbers, checked at once: traced ones are refused.
 Orders of convergence (deterministic ones, smooth grids): see `ORDER`. Notation of times: t = 0 data, t = 1 noise.
 """
 

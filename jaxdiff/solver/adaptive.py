@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.denoise import estimate
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.solver.base import no_memory, predict
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver
 
@@ -30,10 +30,11 @@ def adaptive(schedule: Schedule, *, rtol: float = 1e-4, atol: float = 1e-4, max_
     The grid [1, 0] suffices: the tolerances, not the grid, set the error and the number of calls (so it is not in
     `ALL`). Each example has its own steps, so no row changes another; the network is called on whole batches, with t of
     shape (b,). No gradient passes. At run time, raises where max_steps is passed.
-    Raises ConfigError where Diffrax is not installed, or a tolerance is not > 0.
+    Raises ConfigError where Diffrax is not installed, a tolerance is not > 0, or max_steps no integer >= 1.
     """
     if not (isfinite(rtol) and isfinite(atol) and rtol > 0 and atol > 0):
         raise ConfigError(f"rtol and atol must be finite and > 0, got {rtol} and {atol}. Usual: 1e-4 to 1e-5.")
+    max_steps = check_count("max_steps", max_steps, "The usual 4096 is passed only where a tolerance is too small.")
     diffrax = _optional("diffrax")
     control = diffrax.PIDController(rtol=rtol, atol=atol)
 

@@ -65,7 +65,8 @@ def euler_ancestral_rf(schedule: Schedule, *, eta: float = 1.0, noise: Noise = f
     """Euler ancestral of rectified flows (ComfyUI's sample_euler_ancestral_RF); order 1 in law.
 
     On the noise level tau = sigma / (alpha + sigma) of straight lines it goes down to
-    tau_s (1 - eta (1 - tau_s / tau_t)) and up again to tau_s. For more noise than `ddim(eta=1)`; eta = 0 is DDIM.
+    tau_s (1 - eta (1 - tau_s / tau_t)) and up again to tau_s. eta = 0 is DDIM; at eta = 1 the new noise is that of
+    `ddim(eta=1)` in small steps, and less in long ones.
     Raises ConfigError unless 0 <= eta <= 1.
     """
     _check_eta(eta)
@@ -84,7 +85,9 @@ def euler_ancestral_rf(schedule: Schedule, *, eta: float = 1.0, noise: Noise = f
 def ddim_inversion(schedule: Schedule) -> Solver:
     """DDIM run from data to noise (Song et al. 2021, sec. 4.3); order 1. Use it with `sample.invert`.
 
-    The step from t up to s asks the network at (x_t, s): at s the noise is not zero, so clean data (t = 0) can start.
+    The step from t up to s asks the network at (x_t, s), as diffusers' DDIMInverseScheduler: at s there is noise,
+    so clean data (t = 0) can start. Where sigma / alpha gets large (EDM, VE) that costs accuracy: there `invert` with
+    `ddim`, which asks at (x_t, t), is nearer to the flow, its first step (from t = 0, without noise) being short.
     """
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:

@@ -1,6 +1,5 @@
 """What the solvers share: the two things a network knows, noise from s to t, and where fresh noise comes from."""
 
-import jax
 import jax.numpy as jnp
 
 from jaxdiff import process
@@ -11,6 +10,11 @@ from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule
 def no_memory(x: Array) -> PyTree:
     """`init` of a one-step solver."""
     return ()
+
+
+def no_step(x: Array) -> PyTree:
+    """`init` of a method that remembers one answer and the length of its step: a length of 0 is none."""
+    return jnp.zeros_like(x), jnp.zeros((), x.dtype)
 
 
 def predict(schedule: Schedule, denoise: Denoiser, x: Array, t: Array) -> tuple[Array, Array]:
@@ -25,6 +29,16 @@ def lost_snr(schedule: Schedule, t: Array, s: Array) -> Array:
     return -jnp.expm1(schedule.logsnr(t) - schedule.logsnr(s))
 
 
+def half_logsnr_step(schedule: Schedule, t: Array, s: Array) -> Array:
+    """h = lambda_s - lambda_t >= 0."""
+    return jnp.maximum(schedule.logsnr(s) - schedule.logsnr(t), 0.0) / 2
+
+
+def over(a: Array, b: Array) -> Array:
+    """a / b, and 0 where b is 0."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
+
+
 def mix(schedule: Schedule, x: Array, x0: Array, t: Array, s: Array, gap: Array, new: Array) -> Array:
     """x_s = alpha_s x0 + sigma_s (k eps + sqrt(1 - k^2) new), k^2 = exp(gap): a share of the noise in x_t stays.
 
@@ -33,12 +47,6 @@ def mix(schedule: Schedule, x: Array, x0: Array, t: Array, s: Array, gap: Array,
     sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
     kept = sigma_s / jnp.where(sigma_t > 0, sigma_t, 1.0) * jnp.exp(gap / 2)
     return kept * x + (schedule.alpha(s) - schedule.alpha(t) * kept) * x0 + sigma_s * jnp.sqrt(-jnp.expm1(gap)) * new
-
-
-def split(key: Key) -> tuple[Key, Key]:
-    """Two keys from each of (b,) keys, for a step that draws twice."""
-    both = jax.vmap(jax.random.split)(key)
-    return both[:, 0], both[:, 1]
 
 
 def fresh(key: Key, x: Array, t: Array, s: Array) -> Array:

@@ -46,7 +46,7 @@ def _stationary(keys: Key, x: Array, logsnr: Array) -> Array:
     """Z at one log-SNR for each example: its path, halved towards `logsnr`. A node is known by its number."""
 
     def normal(node: Array) -> Array:
-        return process.normal(jax.vmap(jax.random.fold_in, (0, None))(keys, node), x.shape, x.dtype)
+        return process.normal(process.fold_keys(keys, node), x.shape, x.dtype)
 
     def halve(level: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         node, left, width, z_left, z_right = state

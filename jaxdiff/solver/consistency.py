@@ -37,7 +37,7 @@ def tcd(schedule: Schedule, *, gamma: float = 0.3, noise: Noise = fresh) -> Solv
     Raises ConfigError unless 0 <= gamma <= 1.
     """
     if not 0 <= gamma <= 1:
-        raise ConfigError(f"gamma must lie in [0, 1], got {gamma}. TCD uses 0.2 to 0.5; 0 adds no noise.")
+        raise ConfigError(f"gamma must lie in [0, 1], got {gamma}. Use 0.3, more for more steps; 0 adds no noise.")
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
         gap = schedule.logsnr(s) - schedule.logsnr((1 - gamma) * s)

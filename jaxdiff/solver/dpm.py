@@ -6,13 +6,11 @@
 With D constant it is DDIM, which is therefore what the paper calls DPM-Solver-1 and DPM-Solver++(1S).
 """
 
-from math import inf
-
 import jax
 import jax.numpy as jnp
 
 from jaxdiff.denoise import estimate
-from jaxdiff.solver.base import no_memory
+from jaxdiff.solver.base import half_logsnr_step, no_memory, no_step, over
 from jaxdiff.solver.polynomial import beyond_first, exponential_moments, no_past, remember
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver
 
@@ -43,19 +41,14 @@ def dpmpp_2m(schedule: Schedule) -> Solver:
     The first step, and one to sigma = 0 (where the log-SNR is infinite), are of first order, that is DDIM.
     """
 
-    def init(x: Array) -> PyTree:
-        # No previous step: its length is infinite, so the weight h / (2 h_prev) of the extrapolation is 0.
-        return jnp.zeros_like(x), jnp.asarray(inf, x.dtype)
-
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
         x0_prev, h_prev = memory
-        h = (schedule.logsnr(s) - schedule.logsnr(t)) / 2
-        usable = (schedule.sigma(s) > 0) & (h_prev > 0)
-        weight = jnp.where(usable, h / (2 * jnp.where(h_prev > 0, h_prev, 1.0)), 0.0)
+        h = half_logsnr_step(schedule, t, s)
+        weight = jnp.where(schedule.sigma(s) > 0, over(h, 2 * h_prev), 0.0)
         x0 = estimate(denoise(x, t))
         return with_constant(schedule, x, x0 + weight * (x0 - x0_prev), t, s), (x0, h)
 
-    return Solver(init, step)
+    return Solver(no_step, step)
 
 
 def dpmpp_3m(schedule: Schedule) -> Solver:

@@ -4,7 +4,7 @@
     x_s    = (sigma_s / sigma_t) e^(-eta h) x_t + alpha_s int_0^1 a e^(-a (1 - v)) D(v) dv
              + sigma_s sqrt(1 - e^(-2 eta h)) new
 
-D(v), v = 0 at t and 1 at s: a constant gives `base.mix`, v gives M_1 = 1 - (1 - e^-a) / a, v^2 gives 1 - 2 M_1 / a.
+v = 0 at t and 1 at s. A constant D gives `base.mix`; the integrals of v^k are `polynomial.exponential_moments` of a.
 eta = 0 is the probability flow, eta = 1 the reverse SDE itself (Xue et al. 2023 write tau^2 for eta).
 """
 
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from jaxdiff.denoise import estimate
 from jaxdiff.errors import ConfigError
-from jaxdiff.solver.base import fresh, mix, no_memory, split
+from jaxdiff.process import split_keys
+from jaxdiff.solver.base import fresh, half_logsnr_step, mix, no_memory, no_step, over
+from jaxdiff.solver.polynomial import beyond_first, exponential_moments, no_past, remember
 from jaxdiff.types import Array, Denoiser, Key, Noise, PyTree, Schedule, Solver
 
 
@@ -26,9 +28,6 @@ def dpmpp_2m_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) 
     """
     _check_eta(eta)
 
-    def init(x: Array) -> PyTree:
-        return jnp.zeros_like(x), jnp.zeros((), x.dtype)  # a previous step of length 0 is none
-
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
         x0_prev, h_prev = memory
         h = half_logsnr_step(schedule, t, s)
@@ -37,7 +36,7 @@ def dpmpp_2m_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) 
         x = mix(schedule, x, x0 + weight * (x0 - x0_prev), t, s, -2 * eta * h, noise(key, x, t, s))
         return x, (x0, h)
 
-    return Solver(init, step)
+    return Solver(no_step, step)
 
 
 def dpmpp_3m_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) -> Solver:
@@ -48,23 +47,16 @@ def dpmpp_3m_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) 
     """
     _check_eta(eta)
 
-    def init(x: Array) -> PyTree:
-        none = jnp.zeros((), x.dtype)
-        return jnp.zeros_like(x), jnp.zeros_like(x), none, none
-
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        x0_1, x0_2, h_1, h_2 = memory
-        h = half_logsnr_step(schedule, t, s)
+        here, h = schedule.logsnr(t) / 2, half_logsnr_step(schedule, t, s)
         x0 = estimate(denoise(x, t))
-        slope = over(x0 - x0_1, h_1)
-        bend = jnp.where(h_2 > 0, over(slope - over(x0_1 - x0_2, h_2), h_1 + h_2), 0.0)
-        of_v, of_v2 = moments((1 + eta) * h)
-        higher = of_v * h * (slope + h_1 * bend) + of_v2 * h**2 * bend  # D(v) = x0 + slope h v + bend h v (h v + h_1)
-        x_s = mix(schedule, x, x0, t, s, -2 * eta * h, noise(key, x, t, s))
-        x_s = x_s + jnp.where(schedule.sigma(s) > 0, schedule.alpha(s), 0.0) * higher
-        return x_s, (x0, x0_1, h, h_1)
+        nodes = [jnp.zeros_like(h), *((node - here) / h for node in memory[0])]
+        added = beyond_first(exponential_moments((1 + eta) * h, 3), nodes, [x0, *memory[1]])
+        x = mix(schedule, x, x0, t, s, -2 * eta * h, noise(key, x, t, s))
+        x = x + jnp.where(schedule.sigma(s) > 0, schedule.alpha(s), 0.0) * added
+        return x, remember(memory, here, x0)
 
-    return Solver(init, step)
+    return Solver(lambda x: no_past(x, 2), step)
 
 
 def dpmpp_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) -> Solver:
@@ -76,7 +68,7 @@ def dpmpp_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) -> 
     _check_eta(eta)
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        key_1, key_2 = split(key)
+        key_1, key_2 = split_keys(key)
         m = schedule.inverse((schedule.logsnr(t) + schedule.logsnr(s)) / 2)
         gap_1, gap_2 = (-2 * eta * half_logsnr_step(schedule, *part) for part in ((t, m), (m, s)))
         new_1, new_2 = noise(key_1, x, t, m), noise(key_2, x, m, s)
@@ -90,22 +82,6 @@ def dpmpp_sde(schedule: Schedule, *, eta: float = 1.0, noise: Noise = fresh) -> 
         return jax.lax.cond(schedule.sigma(s) > 0, twice, lambda: schedule.alpha(s) * x0), memory
 
     return Solver(no_memory, step)
-
-
-def half_logsnr_step(schedule: Schedule, t: Array, s: Array) -> Array:
-    """h = lambda_s - lambda_t >= 0."""
-    return jnp.maximum(schedule.logsnr(s) - schedule.logsnr(t), 0.0) / 2
-
-
-def moments(a: Array) -> tuple[Array, Array]:
-    """int_0^1 a e^(-a (1 - v)) v^k dv for k = 1, 2 and a > 0; finite at a = 0."""
-    first = 1 + over(jnp.expm1(-a), a)
-    return first, 1 - over(2 * first, a)
-
-
-def over(a: Array, b: Array) -> Array:
-    """a / b, and 0 where b is 0."""
-    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
 
 def _check_eta(eta: float) -> None:

@@ -126,7 +126,7 @@ def pndm(schedule: Schedule) -> Solver:
 
 
 def _check_order(name: str, order: int, allowed: Sequence[int]) -> None:
-    if order not in allowed:
+    if type(order) is not int or order not in allowed:
         raise ConfigError(
             f"{name} has order {', '.join(map(str, allowed))}; got {order!r}. Use {name}(schedule) for {allowed[-1]}."
         )

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from jaxdiff.denoise import estimate
 from jaxdiff.errors import ConfigError
-from jaxdiff.solver.base import fresh
-from jaxdiff.solver.dpm_sde import half_logsnr_step, moments, over
+from jaxdiff.solver.base import fresh, half_logsnr_step, over
+from jaxdiff.solver.polynomial import exponential_moments
 from jaxdiff.types import Array, Denoiser, Key, Noise, PyTree, Schedule, Solver
 
 
@@ -48,4 +48,5 @@ def sa_solver(schedule: Schedule, *, tau: float = 1.0, noise: Noise = fresh) -> 
 
 def _integral(schedule: Schedule, s: Array, a: Array, x0: Array, slope: Array) -> Array:
     """alpha_s int_0^1 a e^(-a (1 - v)) (x0 + slope v) dv."""
-    return schedule.alpha(s) * (-jnp.expm1(-a) * x0 + moments(a)[0] * slope)
+    of_1, of_v = exponential_moments(a, 2)
+    return schedule.alpha(s) * (of_1 * x0 + of_v * slope)

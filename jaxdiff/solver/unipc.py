@@ -30,7 +30,7 @@ def unipc(schedule: Schedule, *, order: int = 2, variant: str = "bh2") -> Solver
     of order 2, so over equal steps from the start the whole is of order 3 for p = 3 too. To sigma = 0 it returns D.
     `variant`: B(h), "bh2" (for guidance too) or "bh1". Raises ConfigError for others, or another order than 2 or 3.
     """
-    if order not in (2, 3) or variant not in _VARIANTS:
+    if type(order) is not int or order not in (2, 3) or variant not in _VARIANTS:
         raise ConfigError(
             f'unipc needs order 2 or 3 and variant "bh1" or "bh2", got order={order!r}, variant={variant!r}. '
             "Use unipc(schedule) for UniPC-2; order 1 is ddim."
