@@ -35,11 +35,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.denoise import LearnedRange, estimate
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.loss.bound import as_data, bits, decoder_nll, posterior_kl, prior_term, variance_range
-from jaxdiff.process import example_keys, normal, q_sample
-from jaxdiff.sample import check_times, checked
+from jaxdiff.process import example_keys, fold_keys, normal, q_sample, split_keys
+from jaxdiff.sample import checked
 from jaxdiff.schedule import expand
+from jaxdiff.schedule.base import check_times
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule
 
 Divergence: TypeAlias = Callable[[Key, Callable[[Array], Array], Array], tuple[Array, Array]]
@@ -104,14 +105,13 @@ def hutchinson(num_probes: int = 1, *, probe: Probe = jax.random.rademacher) -> 
     Probes are new at every stage of every step, which is unbiased too and varies less than one for the whole path.
     Rademacher probes vary less than normal ones. Raises ConfigError unless num_probes is an integer >= 1.
     """
-    if isinstance(num_probes, bool) or not isinstance(num_probes, int) or num_probes < 1:
-        raise ConfigError(f"num_probes must be an integer >= 1, got {num_probes!r}. Without probes: divergence=exact.")
+    num_probes = check_count("num_probes", num_probes, "Without probes: divergence=exact.")
 
     def divergence(keys: Key, field: Callable[[Array], Array], y: Array) -> tuple[Array, Array]:
         value, pull = jax.vjp(field, y)
 
         def one(i: Array) -> Array:
-            z = jax.vmap(lambda k: probe(k, y.shape[1:], y.dtype))(_fold(keys, i))
+            z = jax.vmap(lambda k: probe(k, y.shape[1:], y.dtype))(fold_keys(keys, i))
             return jnp.sum(z * pull(z)[0], tuple(range(1, y.ndim)))
 
         return value, jnp.mean(jax.lax.map(one, jnp.arange(num_probes)), axis=0)
@@ -137,7 +137,7 @@ def transport(
 
         def slope(stage: Array, state: PyTree, theta: Array) -> PyTree:
             field = partial(_velocity, denoise, schedule, theta)
-            return divergence(_fold(keys, 4 * n + stage), field, state[0])
+            return divergence(fold_keys(keys, 4 * n + stage), field, state[0])
 
         return _runge_kutta(slope, state, start, stop), None
 
@@ -170,9 +170,9 @@ def bits_per_dim_ode(
     the data, below their entropy. For data without bins use `log_prob`. Arguments, errors: `transport`.
     """
     x0 = as_data(x0)
-    keys = jax.vmap(jax.random.split)(example_keys(key, x0.shape[0]))
-    x = dequantize(keys[:, 0], x0)
-    nats = log_prob(keys[:, 1], denoise, x, times, schedule=schedule, divergence=divergence)
+    key_bin, key_probe = split_keys(example_keys(key, x0.shape[0]))
+    x = dequantize(key_bin, x0)
+    nats = log_prob(key_probe, denoise, x, times, schedule=schedule, divergence=divergence)
     return BIN_BITS - nats / (math.prod(x0.shape[1:]) * math.log(2))
 
 
@@ -214,7 +214,7 @@ def bits_per_dim_bound(
 def bits_per_dim_continuous(
     key: Key, denoise: Denoiser, x0: Array, times: Any, *, schedule: Schedule, decoder: Decoder = eight_bit
 ) -> Bound:
-    """The bound of infinitely many steps (Kingma et al. 2021, eq. 12 and 15): one random time in each interval.
+    """The bound of infinitely many steps (Kingma et al. 2021): one random time in each interval.
 
     An unbiased estimate for any grid: a finer one only lowers its variance. The last interval is the decoder's. The
     schedule matters only through its ends. Arguments and errors as for `bits_per_dim_bound`.
@@ -253,9 +253,9 @@ def _bound(
     def one(carry: None, step: tuple[Array, Array, Array]) -> tuple[None, Array]:
         n, t, s = step
         last = n == count - 1
-        both = jax.vmap(jax.random.split)(_fold(keys, n))
-        time = jnp.where(last, t, draw_time(both[:, 0], t, s))
-        x_t = q_sample(schedule, x0, normal(both[:, 1], x0.shape, x0.dtype), time)
+        key_time, key_eps = split_keys(fold_keys(keys, n))
+        time = jnp.where(last, t, draw_time(key_time, t, s))
+        x_t = q_sample(schedule, x0, normal(key_eps, x0.shape, x0.dtype), time)
         answer = denoise(x_t, time)
         return carry, jnp.where(last, _decode(schedule, decoder, x0, answer, t, s), cost(x0, x_t, (time, t, s), answer))
 
@@ -277,14 +277,10 @@ def _fraction(answer: Any, fixed: float) -> Any:
 
 
 def _prepare(key: Key, denoise: Denoiser, x: Array, times: Any) -> tuple[Array, Array, Key, Denoiser]:
-    if jnp.ndim(x) < 2:
-        raise ConfigError(f"x0 must have shape (b, ...), at least one dimension an example, got {jnp.shape(x)}.")
     x = as_data(x)
+    if x.ndim < 2:
+        raise ConfigError(f"x0 must have shape (b, ...), got {x.shape}. For numbers use x0[:, None].")
     return x, check_times(times, x.dtype), example_keys(key, x.shape[0]), checked(denoise)
-
-
-def _fold(keys: Key, n: Array) -> Key:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, n)
 
 
 def _time(schedule: Schedule, theta: Array) -> Array:

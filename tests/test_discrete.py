@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxdiff import discrete, nets
+from jaxdiff import discrete, nets, schedule
 from jaxdiff.discrete import bound, forward, keep, unmask
 from jaxdiff.errors import ConfigError
 from tests.oracles.discrete import bayes, chi_square, heartbeat, markov, noise_of, transition
@@ -682,6 +682,9 @@ def test_errors_say_what_to_type():
         (lambda: discrete.uniform(1), "vocab must be an integer >= 2, got 1"),
         (lambda: discrete.masked(True), "vocab"),
         (lambda: discrete.masked(3, Leaky()), "keep must be 1 at t = 0 and 0 at t = 1, got 1.0 and 0.1"),
+        (lambda: discrete.masked(3, schedule.cosine()), "keep\\(t\\).*Cosine.*discrete.cosine"),
+        (lambda: discrete.prior(key(0), process, (3,)), "shape must be \\(b, n\\), got \\(3,\\)"),
+        (lambda: discrete.loss(key(0), flat, [0, 1], process), "x0 must be integer tokens"),
         (lambda: discrete.polynomial(0.0), "power must be positive"),
         (lambda: discrete.geometric(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
         (lambda: discrete.grid(0), "num_steps must be an integer >= 1, got 0"),

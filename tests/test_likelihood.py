@@ -370,6 +370,7 @@ def test_a_network_in_bfloat16_without_forward_mode():
         (lambda: likelihood.hutchinson(0), "divergence=exact"),
         (lambda: likelihood.hutchinson(True), "num_probes must be an integer"),
         (lambda: everything(jnp.ones((2, 3), jnp.uint8), lambda x, t: x, key()), r"jaxdiff\.data\.decode"),
+        (lambda: likelihood.log_prob(key(), lambda x, t: x, [[1]], [1.0, 0.0], schedule=COSINE), "must be floating"),
         (lambda: everything(jnp.ones(3), lambda x, t: x, key()), r"shape \(b, \.\.\.\)"),
         (lambda: everything(jnp.ones((2, 3)), lambda x, t: x[:1], key()), "shape of x"),
         (lambda: everything(jnp.ones((2, 3)), lambda x, t: x, jax.random.split(key(), 3)), "one key or 2 keys"),

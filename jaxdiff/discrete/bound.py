@@ -20,8 +20,8 @@ from jaxdiff.discrete import unmask
 from jaxdiff.discrete.forward import Denoise, check_logits, log_chances, q_sample
 from jaxdiff.discrete.keep import inside, loss_rate
 from jaxdiff.discrete.processes import Masked, Process, check_tokens
-from jaxdiff.errors import ConfigError
-from jaxdiff.process import example_keys
+from jaxdiff.errors import ConfigError, check_count
+from jaxdiff.process import example_keys, fold_keys, split_keys
 from jaxdiff.types import Array, Key
 
 
@@ -40,8 +40,8 @@ def loss(
     Raises ConfigError for unusable tokens or logits.
     """
     key_t, key_x = jax.random.split(key)
-    t = inside(times(key_t, x0.shape[0]))
     x0 = check_tokens("x0", x0, process.vocab)
+    t = inside(times(key_t, x0.shape[0]))
     x_t = q_sample(key_x, process, x0, t)
     return rate(process, denoise(x_t, t), x0, x_t, t)
 
@@ -66,7 +66,7 @@ def variational_bound(key: Key, denoise: Denoise, x0: Array, process: Process, *
     Masked: along one random path, in which each token is scored once, in at most min(T, n) calls of the network.
     Raises ConfigError for T < 1, unusable tokens or logits.
     """
-    _check_count("T", T)
+    T = check_count("T", T, "For infinitely many steps use continuous_bound.")
     x0 = check_tokens("x0", x0, process.vocab)
     keys = example_keys(key, x0.shape[0])
     if isinstance(process, Masked):
@@ -76,7 +76,7 @@ def variational_bound(key: Key, denoise: Denoise, x0: Array, process: Process, *
 
     def step(total: Array, i: Array) -> tuple[Array, None]:
         t, s = (i + 1).astype(jnp.float32) / T, i.astype(jnp.float32) / T
-        x_t = q_sample(_fold(keys, i), process, x0, t)
+        x_t = q_sample(fold_keys(keys, i), process, x0, t)
         log_p = log_chances(process, denoise, x_t, t)
         return total + kl(process, log_p, x0, x_t, t, s).astype(total.dtype), None
 
@@ -87,8 +87,8 @@ def variational_bound(key: Key, denoise: Denoise, x0: Array, process: Process, *
 def any_order_bound(key: Key, denoise: Denoise, x0: Array, process: Masked) -> Array:
     """The bound (b,) of infinitely many steps for `masked`, bits per token, by one random path: n calls, no grid.
 
-    The tokens are scored one by one in a random order, each given those before it (Hoogeboom et al. 2022, eq. 4). By
-    the chain rule an exact denoiser gives -log2 p(x0) on every path. Raises ConfigError for another process.
+    The tokens are scored one by one in a random order, each given those before it (Hoogeboom et al. 2022). By the
+    chain rule an exact denoiser gives -log2 p(x0) on every path. Raises ConfigError for another process.
     """
     if not isinstance(process, Masked):
         raise ConfigError(f"any_order_bound needs discrete.masked(vocab), got {process}. Use continuous_bound.")
@@ -103,15 +103,15 @@ def continuous_bound(key: Key, denoise: Denoise, x0: Array, process: Process, *,
     The integral is taken over lost(t), one random value in each of num_times equal parts: the schedule drops out but
     for the t that the network is told. Raises ConfigError for num_times < 1, unusable tokens or logits.
     """
-    _check_count("num_times", num_times)
+    num_times = check_count("num_times", num_times, "More calls of the network vary less.")
     x0 = check_tokens("x0", x0, process.vocab)
     keys = example_keys(key, x0.shape[0])
 
     def part(total: Array, i: Array) -> tuple[Array, None]:
-        both = jax.vmap(jax.random.split)(_fold(keys, i))
-        offset = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(both[:, 0])
+        key_offset, key_x = split_keys(fold_keys(keys, i))
+        offset = jax.vmap(lambda k: jax.random.uniform(k, (), jnp.float32))(key_offset)
         t = inside(process.schedule.inverse((i.astype(jnp.float32) + offset) / num_times))
-        x_t = q_sample(both[:, 1], process, x0, t)
+        x_t = q_sample(key_x, process, x0, t)
         log_p = log_chances(process, denoise, x_t, t)
         return total + _odds_kl(process, log_p, x0, x_t, t).astype(total.dtype), None
 
@@ -133,12 +133,3 @@ def _path(denoise: Denoise, process: Masked, x0: Array, plan: unmask.Plan) -> Ar
 
 def _noise(process: Masked, x0: Array) -> Array:
     return jnp.full(x0.shape, process.mask, jnp.int32)
-
-
-def _fold(keys: Key, i: Array) -> Key:
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ConfigError(f"{name} must be an integer >= 1, got {value!r}.")

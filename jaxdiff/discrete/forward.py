@@ -37,7 +37,12 @@ def q_sample(key: Key, process: Process, x0: Array, t: Array) -> Array:
 
 
 def prior(key: Key, process: Process, shape: tuple[int, int]) -> Array:
-    """x_1 of `shape` (b, n): all masks, or uniform tokens. `key` is one key or (b,) keys, one for each example."""
+    """x_1 of `shape` (b, n): all masks, or uniform tokens. `key` is one key or (b,) keys, one for each example.
+
+    Raises ConfigError for another shape.
+    """
+    if len(shape) != 2:
+        raise ConfigError(f"shape must be (b, n), got {tuple(shape)}. Use (1, n) for one example.")
     return jax.vmap(lambda k: process.noise(k, shape[1:]))(example_keys(key, shape[0]))
 
 

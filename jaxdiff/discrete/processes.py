@@ -21,7 +21,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxdiff.discrete.keep import Keep, linear
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.schedule import expand
 from jaxdiff.schedule.base import require
 from jaxdiff.types import Array, Key
@@ -194,14 +194,14 @@ def check_tokens(name: str, x: Array, states: int) -> Array:
 
 
 def _check_vocab(vocab: int, least: int) -> int:
-    ok = isinstance(vocab, int | np.integer) and not isinstance(vocab, bool) and vocab >= least
-    require(
-        ok, f"vocab must be an integer >= {least}, got {vocab!r}. It is the number of tokens, the mask not counted."
-    )
-    return int(vocab)
+    return check_count("vocab", vocab, "It is the number of tokens, the mask not counted.", least=least)
 
 
 def _check_ends(schedule: Keep) -> Keep:
+    require(
+        hasattr(schedule, "keep"),
+        f"schedule must have keep(t), the chance that a token is kept, got {schedule!r}. Use discrete.cosine().",
+    )
     with jax.ensure_compile_time_eval():
         start, end = (float(schedule.keep(jnp.asarray(t, jnp.float32))) for t in (0.0, 1.0))
     require(

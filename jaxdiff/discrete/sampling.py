@@ -19,17 +19,16 @@ from jax.core import Tracer
 from jaxdiff.discrete import unmask
 from jaxdiff.discrete.forward import Denoise, gumbel, log_chances, p_posterior
 from jaxdiff.discrete.processes import Masked, Process, check_tokens, pick
-from jaxdiff.errors import ConfigError
-from jaxdiff.process import example_keys
+from jaxdiff.errors import ConfigError, check_count
+from jaxdiff.process import example_keys, fold_keys, split_keys
 from jaxdiff.schedule import as_float
+from jaxdiff.schedule.base import check_times
 from jaxdiff.types import Array, Key
 
 
 def grid(num_steps: int) -> np.ndarray:
     """t_n = 1 - n / N, n = 0 .. N, in float64. Raises ConfigError unless num_steps is an integer >= 1."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ConfigError(f"num_steps must be an integer >= 1, got {num_steps!r}. For one step use num_steps=1.")
-    return np.linspace(1.0, 0.0, int(num_steps) + 1)
+    return np.linspace(1.0, 0.0, check_count("num_steps", num_steps, "Use discrete.grid(1) for one step.") + 1)
 
 
 def ancestral(key: Key, denoise: Denoise, x: Array, times: Any, process: Process) -> Array:
@@ -41,15 +40,14 @@ def ancestral(key: Key, denoise: Denoise, x: Array, times: Any, process: Process
     """
     x, times, keys = _start(key, x, times, process)
     if isinstance(process, Masked):
-        key_level, key_token = _two(keys)
+        key_level, key_token = split_keys(keys)
         plan = unmask.on_grid(key_level, process, x, times)
         return unmask.follow(denoise, process, x, plan, _draw(key_token), skip=False)[0]
 
     def body(x: Array, step: tuple[Array, Array, Array]) -> tuple[Array, None]:
         n, t, s = step
         chances = p_posterior(process, log_chances(process, denoise, x, t), x, t, s)
-        steps = jnp.broadcast_to(n, x.shape[:1])
-        return _draw(keys)(steps, jnp.log(jnp.maximum(chances, 0))), None
+        return _draw(keys)(n, jnp.log(jnp.maximum(chances, 0))), None
 
     return jax.lax.scan(body, x, (jnp.arange(times.shape[0] - 1), times[:-1], times[1:]))[0]
 
@@ -62,7 +60,7 @@ def cached(key: Key, denoise: Denoise, x: Array, times: Any, process: Masked) ->
     """
     _check_masked("cached", process)
     x, times, keys = _start(key, x, times, process)
-    key_level, key_token = _two(keys)
+    key_level, key_token = split_keys(keys)
     plan = unmask.compact(unmask.on_grid(key_level, process, x, times))
     return unmask.follow(denoise, process, x, plan, _draw(key_token), skip=True)[0]
 
@@ -74,7 +72,7 @@ def first_hitting(key: Key, denoise: Denoise, x: Array, process: Masked) -> Arra
     """
     _check_masked("first_hitting", process)
     x = check_tokens("x", x, process.states)
-    key_level, key_token = _two(example_keys(key, x.shape[0]))
+    key_level, key_token = split_keys(example_keys(key, x.shape[0]))
     plan = unmask.by_hitting(key_level, process, x)
     return unmask.follow(denoise, process, x, plan, _draw(key_token), skip=True)[0]
 
@@ -108,7 +106,7 @@ def confident(
         count = jnp.sum(masked, axis=1) - left.astype(jnp.int32)
 
         def fill(x: Array) -> Array:
-            key_token, key_choice = _two(_fold(keys, jnp.broadcast_to(n, x.shape[:1])))
+            key_token, key_choice = split_keys(fold_keys(keys, n))
             log_p = log_chances(process, denoise, x, t)
             tokens = jnp.argmax(log_p + temperature * _gumbel(key_token, log_p), axis=-1).astype(x.dtype)
             sure = pick(log_p, tokens)
@@ -123,17 +121,7 @@ def confident(
 
 def _start(key: Key, x: Array, times: Any, process: Process) -> tuple[Array, Array, Key]:
     x = check_tokens("x", x, process.states)
-    return x, _check_times(times), example_keys(key, x.shape[0])
-
-
-def _two(keys: Key) -> tuple[Key, Key]:
-    """Two keys of each."""
-    both = jax.vmap(jax.random.split)(keys)
-    return both[:, 0], both[:, 1]
-
-
-def _fold(keys: Key, steps: Array) -> Key:
-    return jax.vmap(jax.random.fold_in)(keys, steps)
+    return x, check_times(times, as_float(times).dtype), example_keys(key, x.shape[0])
 
 
 def _gumbel(keys: Key, like: Array) -> Array:
@@ -144,26 +132,9 @@ def _draw(keys: Key) -> Any:
     """choose(steps, log_p): a token from each, by the key of the example and the number of its step."""
 
     def choose(steps: Array, log_p: Array) -> Array:
-        return jnp.argmax(log_p + _gumbel(_fold(keys, steps), log_p), axis=-1).astype(jnp.int32)
+        return jnp.argmax(log_p + _gumbel(fold_keys(keys, steps), log_p), axis=-1).astype(jnp.int32)
 
     return choose
-
-
-def _check_times(times: Any) -> Array:
-    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        raise ConfigError(
-            f"times must be one row of at least 2 times, got shape {np.shape(times)}. "
-            "Make one with discrete.grid(num_steps)."
-        )
-    row = as_float(times)
-    if not isinstance(row, Tracer):
-        values = np.asarray(row)  # as the device sees them: two times may differ in float64 and be equal in float32
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1 and (np.diff(values) < 0).all()):
-            raise ConfigError(
-                f"times must be finite, in [0, 1] and strictly decreasing (in {row.dtype}), got {values}. "
-                "Time 1 is noise and 0 is data; reverse an increasing grid with times[::-1]."
-            )
-    return row
 
 
 def _check_masked(name: str, process: Process) -> None:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.denoise import TimeInput, call_net, split_variance, time_t
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.loss.times import Times, discrete
 from jaxdiff.process import normal, q_posterior, q_sample
 from jaxdiff.schedule import as_float, expand
@@ -127,7 +127,8 @@ def hybrid(
 
 def as_data(x0: Array) -> Array:
     """`x0` in at least float32. Raises ConfigError for integers: 8-bit pictures would be taken for values to 255."""
-    if not jnp.issubdtype(jnp.asarray(x0).dtype, jnp.floating):
+    x0 = jnp.asarray(x0)
+    if not jnp.issubdtype(x0.dtype, jnp.floating):
         raise ConfigError(
             f"x0 must be floating, scaled to [-1, 1], got {x0.dtype}. For 8-bit pictures use jaxdiff.data.decode(x0)."
         )
@@ -160,8 +161,7 @@ def _log_fresh(schedule: Schedule, t: Array, s: Array) -> tuple[Array, Array]:
 
 
 def _check_chain(schedule: Schedule, T: int) -> None:
-    if not isinstance(T, int) or T < 2:
-        raise ConfigError(f"T must be an integer >= 2, got {T!r}. DDPM uses T=1000.")
+    check_count("T", T, "DDPM uses T=1000.", least=2)
     with jax.ensure_compile_time_eval():
         start = float(schedule.sigma(jnp.zeros(())))
     if start > 0:
