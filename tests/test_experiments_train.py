@@ -236,9 +236,7 @@ def test_a_checkpoint_of_another_run_is_refused_though_it_has_the_same_shapes(ro
     config = json.loads((directory / "config.json").read_text())
     config["optimizer"]["b1"] = 0.5
     workdir.write_json(directory / "config.json", config)
-    with pytest.raises(
-        ConfigError, match=r"checkpoints holds a run with another config:\n  optimizer.b1: was 0.9"
-    ):
+    with pytest.raises(ConfigError, match=r"checkpoints holds a run with another config:\n  optimizer.b1: was 0.9"):
         job.run([*ROLL, "--config.optimizer.b1=0.5", f"--workdir={directory}"])
 
 
