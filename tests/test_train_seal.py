@@ -87,6 +87,16 @@ def test_the_files_that_differ_are_named_and_what_is_redone(folder):
     np.testing.assert_array_equal(tree["w"], NORMAL)
 
 
+def test_a_step_whose_name_for_its_leaves_is_damaged_is_not_taken_for_a_foreign_one(folder):
+    """One bit makes of "leaves" another word: the step must be named as damaged, not left out without a word."""
+    record = folder / "2" / "_CHECKPOINT_METADATA"
+    reliability.flip(record, record.read_bytes().index(b'"leaves"') + 1, 0)
+    assert Checkpoints(folder).steps() == [1, 2]
+    with pytest.warns(UserWarning, match="_CHECKPOINT_METADATA is not what was sealed"):
+        Checkpoints(folder).restore(TEMPLATE)
+    Checkpoints(folder).prepare()
+
+
 def test_two_steps_that_changed_places_are_seen(folder):
     reliability.swap(folder / "1", folder / "2")
     with pytest.warns(UserWarning, match="sealed as step 1"), pytest.raises(CheckpointError, match="sealed as step 2"):

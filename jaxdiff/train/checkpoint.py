@@ -66,10 +66,12 @@ def _json(meta: dict[str, Any]) -> dict[str, Any]:
 
 def _ours(path: Path) -> bool:
     """Whether a folder is a finished step of ours, whole or damaged, and not another program's."""
+    if (path / seal.NAME).exists():
+        return True
     try:
         custom = json.loads((path / "_CHECKPOINT_METADATA").read_text())["custom_metadata"]
     except (OSError, ValueError, KeyError, TypeError):
-        return (path / seal.NAME).exists() or (path / "state").is_dir()
+        return (path / "state").is_dir()
     return isinstance(custom, dict) and "leaves" in custom
 
 

@@ -268,7 +268,10 @@ def damaged(root: Path, trials: int, rng: np.random.Generator) -> dict[str, int]
             warnings.simplefilter("always")
             tree, _ = Checkpoints(copy).restore(template)
         fell_back = any("Falling back to step 0" in str(w.message) for w in said)
-        seen += fell_back and np.array_equal(tree["w"], values[0])
+        if fell_back and np.array_equal(tree["w"], values[0]):
+            seen += 1
+        else:
+            print(f"not seen: {kinds[i].name}")
         shutil.rmtree(copy)
     return {"damages": min(trials, len(kinds)), "seen": int(seen)}
 
@@ -311,6 +314,7 @@ def trials(root: Path, count: int, rng: np.random.Generator) -> bool:
     out = root / "damages"
     os.waitpid(fork(lambda: 0 * out.write_text(json.dumps(damaged(root, 10 * count, rng))), root / "words"), 0)
     made, seen = json.loads(out.read_text()).values()
+    print((root / "words").read_text(), end="")
     print(f"damages to a step: {seen} of {made} seen, and the step before used", flush=True)
     return passed and seen == made
 
