@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxdiff import process, sample, schedule, solver
+from tests.oracles import judge
 from tests.oracles.gaussian import Gaussian
 from tests.oracles.sampling import MEAN, VARIANCE, deviations, draw, order
 
@@ -130,8 +131,17 @@ def test_no_two_times_of_a_grid_collapse(name):
 
 @pytest.mark.parametrize(("name", "stated"), solver.ORDER.items())
 def test_order_is_not_lost_at_the_last_step_or_by_rounding(name, stated):
-    # Many: times rounded to integers, or a last step of lower quality.
-    assert order(solver.ALL[name], schedule.edm(), sample.uniform_grid, 200) == pytest.approx(stated, abs=0.15)
+    # Many: times rounded to integers, or a last step of lower quality. On EDM's grid the first steps are short,
+    # after which a method whose start alone is of low order has a higher one (`most`).
+    found = order(solver.ALL[name], schedule.edm(), sample.uniform_grid, 200)
+    assert stated - 0.15 <= found <= (judge.stated(name).most or stated) + 0.15
+
+
+def test_an_order_lost_by_rounding_would_be_seen():
+    def rounded(used, num_steps):
+        return np.unique(np.round(sample.uniform_grid(used, num_steps), 3))[::-1]  # training steps of 1,000
+
+    assert order(solver.heun, schedule.edm(), rounded, 300) < 2 - 0.15
 
 
 def test_both_ends_of_time_are_used():
