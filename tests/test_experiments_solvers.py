@@ -9,6 +9,7 @@ import pytest
 
 from experiments import model as models
 from experiments import solvers
+from experiments import train as job
 from jaxdiff import errors, sample, schedule, solver
 from tests.oracles import gaussian
 
@@ -155,3 +156,19 @@ def test_the_network_evaluations_of_a_picture_are_counted_with_guidance():
 
     assert [count("dpmpp_2m", scale) for scale in (1.0, 0.0, 3.0)] == [5, 5, 10]
     assert count("heun", 3.0) == 18
+
+
+def test_a_trained_network_is_held_to_its_own_long_run(tmp_path, capsys):
+    job.run([
+        "--config=swissroll", "--config.net.width=16", "--config.net.depth=1", "--config.train.batch_size=16",
+        "--config.train.steps=2", "--config.data.points=100", "--config.sample.num=4", "--config.sample.steps=2",
+        "--config.train.steps_per_call=1", f"--workdir={tmp_path / 'run'}",
+    ])  # fmt: skip
+    capsys.readouterr()
+    words = ["--workdir", str(tmp_path / "run"), "--calls", "4", "150", "--grid", "log_snr(sigma_min=0.005)"]
+    assert solvers.run([*words, "--solver", "dpmpp_2m", "heun", "--rows", "16"]) == 0
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
+    cells = {line[1].strip(): [float(cell) for cell in line[2].split()] for line in lines[-3:] if len(line) > 2}
+    assert cells["dpmpp_2m"][1] == 0  # it is the long run itself
+    assert cells["dpmpp_2m"][0] > 0
+    assert cells["heun"][0] > cells["heun"][1] > 0

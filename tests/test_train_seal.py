@@ -238,3 +238,18 @@ def test_a_kill_at_any_instant_of_a_save_resumes_bit_for_bit(tmp_path, monkeypat
     assert {count for _, _, count in seen} == {2, 3}
     assert {("before fsync", 2, 2), ("before rename", 2, 2), ("after rename", 3, 3), ("before unlink", 3, 2)} <= seen
     assert len(instants.names) >= 70
+
+
+def test_what_is_as_it_was_sealed_is_not_called_damaged(folder, monkeypatch):
+    # A device without memory is no reason to go back to an older step.
+    from orbax.checkpoint import v1 as ocp
+
+    def full(*arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(ocp, "load", full)
+    with Checkpoints(folder) as checkpoints, warnings.catch_warnings():
+        warnings.simplefilter("error")  # a fallback warns
+        with pytest.raises(CheckpointError, match=r"2 is what was sealed, and yet .*RESOURCE_EXHAUSTED") as caught:
+            checkpoints.restore(TEMPLATE)
+    assert not isinstance(caught.value, seal.DamagedError)

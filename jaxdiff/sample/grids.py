@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff.errors import ConfigError
+from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.types import Array, Schedule
 
 AYS = {
@@ -199,9 +199,7 @@ GRIDS: dict[str, Callable[..., np.ndarray]] = {
 
 
 def _check_steps(num_steps: int) -> int:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or num_steps < 1:
-        raise ConfigError(f"num_steps must be an integer >= 1, got {num_steps!r}. To denoise once, call denoise(x, t).")
-    return int(num_steps)
+    return check_count("num_steps", num_steps, "To denoise once, call denoise(x, t).")
 
 
 def _on_host(function: Callable[[Array], Array], values: Any) -> np.ndarray:

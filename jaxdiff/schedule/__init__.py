@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jaxdiff.errors import check_count
 from jaxdiff.schedule.base import LOGSNR_MAX, Base, as_float, derivative, expand, require, sde
 from jaxdiff.schedule.families import EDM, VE, VP, Cosine, RectifiedFlow, Sigmoid, SubVP
 from jaxdiff.schedule.shifted import LogSnrShift, TimeShift
@@ -88,19 +89,19 @@ def linear(*, beta_min: float = 1e-4, beta_max: float = 0.02, T: int = 1000) -> 
 
     The table itself is `ddpm_table`. Source: Song et al. 2021, appendix B.
     """
-    _check_steps(T)
+    check_count("T", T, "DDPM uses T=1000.")
     return vp(beta_min=T * beta_min, beta_max=T * beta_max)
 
 
 def ddpm_table(*, beta_min: float = 1e-4, beta_max: float = 0.02, T: int = 1000) -> Table:
     """DDPM's T linear betas (Ho et al. 2020, section 4). The continuous limit is `linear`."""
-    _check_steps(T)
+    check_count("T", T, "DDPM uses T=1000.")
     return from_betas(np.linspace(beta_min, beta_max, T))
 
 
 def scaled_linear(*, beta_min: float = 0.00085, beta_max: float = 0.012, T: int = 1000) -> Table:
     """Betas whose square roots are linear: latent diffusion and Stable Diffusion (Rombach et al. 2022)."""
-    _check_steps(T)
+    check_count("T", T, "DDPM uses T=1000.")
     _check_range("beta_min", beta_min, "beta_max", beta_max)
     return from_betas(np.linspace(beta_min**0.5, beta_max**0.5, T) ** 2)
 
@@ -172,7 +173,3 @@ def _check_range(low_name: str, low: float, high_name: str, high: float, equal: 
         0 < low < high or (equal and 0 < low == high),
         f"need 0 < {low_name} {'<=' if equal else '<'} {high_name}, got {low} and {high}.",
     )
-
-
-def _check_steps(T: int) -> None:
-    require(isinstance(T, int) and T >= 1, f"T must be an integer >= 1, got {T!r}. DDPM uses T=1000.")

@@ -316,7 +316,12 @@ class Checkpoints:
             state = ocp.load(str(path), jax.tree.map(_abstract, template))
         except Exception as error:  # for a damaged array Orbax raises Exception itself, so nothing narrower catches it
             cause = str(error.__cause__ or error).splitlines()[0][:200]
-            raise DamagedError(f"{path} is damaged and cannot be read ({cause}).") from error
+            if record["format"] == 1:
+                raise DamagedError(f"{path} is damaged and cannot be read ({cause}).") from error
+            raise CheckpointError(
+                f"{path} is what was sealed, and yet cannot be read ({cause}). Look at the memory that is free, and at "
+                "the versions of jax and orbax-checkpoint that wrote it."
+            ) from error
         self._sound[step] = finite
         return state, record["meta"]
 
