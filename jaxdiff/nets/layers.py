@@ -25,21 +25,23 @@ ZEROS = nn.initializers.zeros
 
 
 class Conv(nn.Module):
-    """A k x k convolution with bias through `ops.conv`, or up-sampling by 2 and a 3 x 3 through `ops.upsample_conv`."""
+    """A k x k convolution through `ops.conv`, or up-sampling by 2 and a 3 x 3 through `ops.upsample_conv`."""
 
     features: int
     size: int = 3
     stride: int = 1
     upsample: bool = False
     init: Initializer = XAVIER
+    bias: bool = True
+    padding: Any = "SAME"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel = self.param("kernel", self.init, (self.size, self.size, x.shape[-1], self.features), jnp.float32)
-        bias = self.param("bias", ZEROS, (self.features,), jnp.float32)
+        bias = self.param("bias", ZEROS, (self.features,), jnp.float32) if self.bias else None
         if self.upsample:
             return ops.upsample_conv(x, kernel, bias)
-        return ops.conv(x, kernel, bias, stride=self.stride)
+        return ops.conv(x, kernel, bias, stride=self.stride, padding=self.padding)
 
 
 class GroupNorm(nn.Module):
