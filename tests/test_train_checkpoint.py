@@ -130,6 +130,25 @@ def test_another_model_is_refused_with_the_difference(tmp_path, message):
     assert_same_bits(Checkpoints(tmp_path).restore(good)[0], init())
 
 
+@pytest.mark.parametrize(("there", "here"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_floats_are_cast_only_on_request(tmp_path, there, here):
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    tree = {"w": jnp.asarray(values).astype(there), "n": jnp.int32(7)}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(tree, 1)
+    template = {"w": jax.ShapeDtypeStruct((1000,), here), "n": jax.ShapeDtypeStruct((), jnp.int32)}
+    message = rf"w is {there}\[1000\] there and {here}\[1000\] here. To have its numbers converted, pass cast=True"
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.restore(template)
+    cast, _ = checkpoints.restore(template, cast=True)
+    assert (cast["w"].dtype, int(cast["n"])) == (here, 7)
+    rounded = values.astype(jnp.bfloat16)  # by ml_dtypes, to the nearest
+    np.testing.assert_array_equal(np.asarray(cast["w"], np.float32), rounded.astype(np.float32))
+    for other in ({"w": jax.ShapeDtypeStruct((999,), here)}, {"n": jax.ShapeDtypeStruct((), jnp.float32)}):
+        with pytest.raises(CheckpointError, match=r"is of another model.*Restore it with the configuration"):
+            checkpoints.restore(template | other, cast=True)
+
+
 def test_long_difference_is_cut(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save({str(i): jnp.ones(1) for i in range(9)}, 1)

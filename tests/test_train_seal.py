@@ -1,5 +1,6 @@
 """The seal: every damage to a step is seen, and a kill at any instant of a save leaves sound steps to go on from."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -66,7 +67,7 @@ def test_without_the_comparison_of_contents_that_test_is_red(pristine, tmp_path,
 
 
 def test_orbax_alone_restores_a_flipped_bit_as_if_it_were_fine(folder, monkeypatch):
-    monkeypatch.setattr(seal, "check", lambda folder, step: True)
+    monkeypatch.setattr(seal, "check", lambda folder, step: (True, None))
     array = max((folder / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     accepted = 0
     for position in range(0, array.stat().st_size, 7):
@@ -106,8 +107,30 @@ def test_two_steps_that_changed_places_are_seen(folder):
 def test_a_newer_format_is_refused_and_not_passed_over(folder):
     text = json.loads((folder / "2" / seal.NAME).read_text())
     (folder / "2" / seal.NAME).write_text(seal._text(text["body"] | {"format": seal.FORMAT + 1}))
-    with pytest.raises(CheckpointError, match=r"has the format 3, and this version of jaxdiff reads up to 2"):
+    with pytest.raises(CheckpointError, match=f"has the format {seal.FORMAT + 1}, and .* up to {seal.FORMAT}"):
         Checkpoints(folder).restore(TEMPLATE)
+
+
+def test_the_seal_says_what_of_which_config_and_in_which_format(folder):
+    body = json.loads((folder / "2" / seal.NAME).read_text())["body"]
+    assert (body["format"], body["step"], body["finite"]) == (seal.FORMAT, 2, True)
+    assert body["config"] == hashlib.sha256(b'{"n": 2}').hexdigest()
+    assert set(body["files"]) == {str(p.relative_to(folder / "2")) for p in reliability.files(folder / "2")} - {
+        seal.NAME
+    }
+
+
+def test_a_config_that_is_not_the_one_handed_over_is_refused(folder):
+    """Were the config lost on its way to the file, the digests of the files would not show it."""
+    record = folder / "2" / "_CHECKPOINT_METADATA"
+    record.write_text(record.read_text().replace('"n": 2', '"n": 3'))
+    (folder / "2" / seal.NAME).unlink()
+    seal.write(folder / "2", 2, finite=True, config=seal.digest({"n": 3}))
+    assert Checkpoints(folder).restore(TEMPLATE)[1] == {"n": 3}
+    (folder / "2" / seal.NAME).unlink()
+    seal.write(folder / "2", 2, finite=True, config=seal.digest({"n": 2}))
+    with pytest.warns(UserWarning, match="2 is damaged: the config in it is not the one that was sealed. Falling back"):
+        assert Checkpoints(folder).restore(TEMPLATE)[1] == {"n": 1}
 
 
 def test_numbers_that_are_not_finite_are_passed_over_unless_asked_for(folder):
@@ -156,17 +179,17 @@ def test_what_a_kill_leaves_is_cleared_at_the_start_and_nothing_else(folder):
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "5.damaged", "notes", "old.saving"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("checkpoint_format_1", "format 1"), ("checkpoint_format_2", "format 2")])
-def test_earlier_formats_stay_readable(name, value, tmp_path):
-    folder = shutil.copytree(FIXTURES / name, tmp_path / "steps")
+@pytest.mark.parametrize("number", range(1, seal.FORMAT + 1))
+def test_every_format_there_was_stays_readable(number, tmp_path):
+    folder = shutil.copytree(FIXTURES / f"checkpoint_format_{number}", tmp_path / "steps")
     template = {"w": jax.ShapeDtypeStruct((2, 3), jnp.float32), "n": jax.ShapeDtypeStruct((), jnp.int32)}
     with warnings.catch_warnings(record=True) as said:
         tree, meta = Checkpoints(folder).restore(template)
     assert [str(w.message) for w in said if "without a seal" in str(w.message)] == (
-        [f"{folder / '7'} is of an earlier version, without a seal: damage would not be seen."] * (name[-1] == "1")
+        [f"{folder / '7'} is of an earlier version, without a seal: damage would not be seen."] * (number == 1)
     )
     np.testing.assert_array_equal(tree["w"], np.arange(6.0).reshape(2, 3))
-    assert (int(tree["n"]), meta) == (7, {"made": value})
+    assert (int(tree["n"]), meta) == (7, {"made": f"format {number}"})
 
 
 OPTIMIZER = train.adam(1e-2)

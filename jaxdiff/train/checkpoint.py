@@ -36,6 +36,10 @@ _SHOWN = 5
 _STALE = re.compile(r"\d+\.(saving(\..+)?|deleting|orbax-checkpoint-tmp.*)")
 
 
+class SaveError(CheckpointError):
+    """The disk did not take this save; the steps saved before are untouched, and the next save may succeed."""
+
+
 def _leaves(tree: PyTree) -> dict[str, str]:
     """Name -> 'float32[8, 4]' of every leaf."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
@@ -43,11 +47,28 @@ def _leaves(tree: PyTree) -> dict[str, str]:
     return {name: f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}" for name, (_, leaf) in zip(names, flat, strict=True)}
 
 
-def _difference(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
+def _same(saved: str, wanted: str, cast: bool) -> bool:
+    """Whether 'float32[8, 4]' will do for the other: with `cast`, in any precision of floats."""
+    (one, shape), (other, other_shape) = saved.split("["), wanted.split("[")
+    return saved == wanted or (cast and shape == other_shape and "float" in one and "float" in other)
+
+
+def _difference(saved: dict[str, str], wanted: dict[str, str], cast: bool) -> list[str]:
     """One line for each leaf that is not the same on both sides."""
-    lines = [f"{k} is {saved[k]} there and {wanted[k]} here" for k in saved if k in wanted and saved[k] != wanted[k]]
+    common = [k for k in saved if k in wanted and not _same(saved[k], wanted[k], cast)]
+    lines = [f"{k} is {saved[k]} there and {wanted[k]} here" for k in common]
     lines += [f"{k} {saved[k]} is only there" for k in saved if k not in wanted]
     return lines + [f"{k} {wanted[k]} is only here" for k in wanted if k not in saved]
+
+
+def _refuse_another_model(path: Path, saved: dict[str, str], wanted: dict[str, str], cast: bool) -> None:
+    different = _difference(saved, wanted, cast)
+    if different:
+        more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
+        fix = "Restore it with the configuration it was trained with, or start in an empty directory."
+        if not _difference(saved, wanted, cast=True):
+            fix = "To have its numbers converted, pass cast=True."
+        raise CheckpointError(f"{path} is of another model: {'; '.join(different[:_SHOWN])}{more}. {fix}")
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -110,7 +131,7 @@ class Checkpoints:
     def prepare(self) -> None:
         """Makes the directory, tries to write in it and clears what a kill left: call it before an expensive compile.
 
-        Raises CheckpointError where that is not possible, or where a foreign folder has a number for a name.
+        Raises SaveError where that is not possible, CheckpointError where a foreign folder has a number for a name.
         """
         self.wait()
         with self._writing():
@@ -138,8 +159,8 @@ class Checkpoints:
     def save(self, state: PyTree, step: int, meta: dict[str, Any] | None = None) -> bool:
         """Saves in the background; the state may be donated at once. False if `step` is there.
 
-        `meta` is anything JSON can hold. Raises CheckpointError for a leaf name with a '.', for a directory that
-        cannot be written, a full disk, and for a failure of the save before this one.
+        `meta` is anything JSON can hold. Raises CheckpointError for a leaf name with a '.', and SaveError for a
+        directory that cannot be written, a full disk, and for a failure of the save before this one.
         """
         if step not in self._damaged and (step == self._started or step in self.steps()):
             return False
@@ -154,7 +175,7 @@ class Checkpoints:
             self._check_space(state)
             thread, finite = self._open(), _finite(state)
             response = ocp.save_async(str(self._folder(step, "saving")), state, custom_metadata=record)
-            self._saving = thread.submit(self._complete, response, step, finite)
+            self._saving = thread.submit(self._complete, response, step, finite, seal.digest(record["meta"]))
             self._started = step
         return True
 
@@ -163,12 +184,13 @@ class Checkpoints:
         return self._record(self._existing(step)[-1])["meta"]
 
     def restore(
-        self, template: T, step: int | None = None, *, among: Sequence[int] | None = None
+        self, template: T, step: int | None = None, *, among: Sequence[int] | None = None, cast: bool = False
     ) -> tuple[T, dict[str, Any]]:
         """(state, meta) of `step`; by default of the newest sound step, with a warning for each that was passed over.
 
         `template` has the shapes, dtypes and shardings wanted: a state, or `jax.eval_shape` of one. `among` are the
-        steps to choose from (default: all). A `step` that was asked for need not be finite.
+        steps to choose from (default: all). A `step` that was asked for need not be finite. `cast` rounds floats to
+        the dtypes of the template, which is refused otherwise.
         Raises CheckpointError where there is none, where all are damaged, or where the template is of another model.
         """
         candidates = [there for there in self._existing(step) if among is None or there in among]
@@ -177,7 +199,7 @@ class Checkpoints:
         while True:
             candidate = candidates.pop()
             try:
-                return self._read(template, candidate, any_number=step is not None)
+                return self._read(template, candidate, any_number=step is not None, cast=cast)
             except DamagedError as error:
                 self._damaged.add(candidate)
                 if not candidates:
@@ -187,7 +209,7 @@ class Checkpoints:
                 )
 
     def wait(self) -> None:
-        """Returns when the save under way is sealed. Raises CheckpointError if it failed."""
+        """Returns when the save under way is sealed. Raises SaveError if it failed."""
         if self._saving is not None:
             with self._writing():
                 self._saving.result()
@@ -225,7 +247,7 @@ class Checkpoints:
             raise
         except (OSError, RuntimeError, ValueError) as error:
             self._saving = self._started = self._thread = None  # so that the next save clears what this one has left
-            raise CheckpointError(
+            raise SaveError(
                 f"cannot write a checkpoint in {self.directory}: {error}. Steps saved before are untouched. Free some "
                 "disk space there or make it writable, or choose another directory."
             ) from error
@@ -242,11 +264,11 @@ class Checkpoints:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
         return self._thread
 
-    def _complete(self, response: Any, step: int, finite: Any) -> None:
+    def _complete(self, response: Any, step: int, finite: Any, config: str) -> None:
         """What follows when Orbax has written all: seal, rename, and only then delete old steps."""
         response.result()
         finite = bool(finite)
-        seal.write(self._folder(step, "saving"), step, finite=finite)
+        seal.write(self._folder(step, "saving"), step, finite=finite, config=config)
         self._folder(step, "saving").rename(self._folder(step))
         seal.sync(self.directory)
         self._sound[step] = finite
@@ -293,23 +315,21 @@ class Checkpoints:
     def _check(self, step: int) -> bool:
         """Compare the step with its seal; returns whether it is finite, which format 1 does not tell."""
         path = self._folder(step)
-        unsealed = not (path / seal.NAME).exists() and self._record(step)["format"] == 1
-        return unsealed or seal.check(path, step)
+        if not (path / seal.NAME).exists() and self._record(step)["format"] == 1:
+            return True
+        finite, config = seal.check(path, step)
+        if config is not None and config != seal.digest(self._record(step)["meta"]):
+            raise DamagedError(f"{path} is damaged: the config in it is not the one that was sealed.")
+        return finite
 
-    def _read(self, template: T, step: int, *, any_number: bool) -> tuple[T, dict[str, Any]]:
+    def _read(self, template: T, step: int, *, any_number: bool, cast: bool) -> tuple[T, dict[str, Any]]:
         from orbax.checkpoint import v1 as ocp
 
         path, finite = self._folder(step), self._check(step)
         record = self._record(step)
         if record["format"] == 1:
             warnings.warn(f"{path} is of an earlier version, without a seal: damage would not be seen.", stacklevel=3)
-        different = _difference(record["leaves"], _leaves(template))
-        if different:
-            more = f"; and {len(different) - _SHOWN} more" if len(different) > _SHOWN else ""
-            raise CheckpointError(
-                f"{path} is of another model: {'; '.join(different[:_SHOWN])}{more}. "
-                "Restore it with the configuration it was trained with, or start in an empty directory."
-            )
+        _refuse_another_model(path, record["leaves"], _leaves(template), cast)
         if not (finite or any_number):
             raise DamagedError(f"{path} holds numbers that are not finite.")
         try:

@@ -1,8 +1,11 @@
 """The seal of a folder: the size and the sha256 of every file in it, written last, by which any later change is seen.
 
-    seal.json = {"body": {"format", "step", "finite", "files": {name: [bytes, sha256]}}, "sha256": that of the body}
+    seal.json = {"body": {"format", "step", "finite", "config": sha256, "files": {name: [bytes, sha256]}},
+                 "sha256": that of the body}
 
-The text of the seal is a function of its content, so that a change of the seal itself is seen too, by one byte.
+`config` is the sha256 of what the caller handed over beside the arrays, taken in memory, before any of it was written:
+what is read back must have the same. The text of the seal is a function of its content, so that a change of the seal
+itself is seen too, by one byte.
 """
 
 import hashlib
@@ -14,7 +17,7 @@ from typing import Any
 from jaxdiff.errors import CheckpointError
 
 NAME = "seal.json"
-FORMAT = 2  # 1 had no seal
+FORMAT = 3  # 1 had no seal, 2 no config
 _SHOWN = 3
 
 
@@ -22,25 +25,26 @@ class DamagedError(CheckpointError):
     """This folder is not what was saved; another one may be."""
 
 
-def write(folder: Path, step: int, *, finite: bool) -> None:
+def write(folder: Path, step: int, *, finite: bool, config: str) -> None:
     """Seal `folder`: every file, the folders and the seal are on the disk when this returns, in this order.
 
-    `finite` says whether every number saved is. Raises OSError where the disk does not take it.
+    `finite` says whether every number saved is, `config` is the `digest` of what was saved beside them. Raises OSError
+    where the disk does not take it.
     """
     files = {name: _measure(folder / name, sync=True) for name in _names(folder)}
     for path, _, _ in os.walk(folder):
         sync(Path(path))
     temporary = folder / f"{NAME}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(_text({"format": FORMAT, "step": step, "finite": finite, "files": files}))
+        file.write(_text({"format": FORMAT, "step": step, "finite": finite, "config": config, "files": files}))
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, folder / NAME)
     sync(folder)
 
 
-def check(folder: Path, step: int) -> bool:
-    """Read all of `folder` and compare it with its seal; returns whether every number saved was finite.
+def check(folder: Path, step: int) -> tuple[bool, str | None]:
+    """Read all of `folder` and compare it with its seal; returns its `finite` and its `config` (None in format 2).
 
     Raises DamagedError naming the files that differ, CheckpointError where a newer jaxdiff wrote it.
     """
@@ -60,7 +64,12 @@ def check(folder: Path, step: int) -> bool:
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         raise DamagedError(f"{folder} is damaged: {'; '.join(bad[:_SHOWN])}{more}.")
-    return body["finite"]
+    return body["finite"], body.get("config")
+
+
+def digest(value: Any) -> str:
+    """sha256 of `value` as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sync(folder: Path) -> None:
@@ -82,10 +91,10 @@ def _measure(path: Path, *, sync: bool = False) -> list[Any]:
     """[bytes, sha256] of a file."""
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.file_digest(file, "sha256").hexdigest()
             if sync:
                 os.fsync(file.fileno())
-            return [os.fstat(file.fileno()).st_size, digest]
+            return [os.fstat(file.fileno()).st_size, found]
     except OSError as error:
         if sync:
             raise
@@ -99,8 +108,7 @@ def _difference(name: str, found: list[Any], sealed: list[Any]) -> list[str]:
 
 
 def _text(body: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"body": body, "sha256": digest}, sort_keys=True, indent=1)
+    return json.dumps({"body": body, "sha256": digest(body)}, sort_keys=True, indent=1)
 
 
 def _read(folder: Path) -> dict[str, Any]:
