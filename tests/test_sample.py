@@ -7,6 +7,7 @@ import pytest
 
 from jaxdiff import denoise, errors, guide, process, sample, schedule, solver, target
 from jaxdiff.types import Solver
+from tests.oracles.compiles import counted
 from tests.oracles.gaussian import Gaussian
 
 USED = schedule.cosine()
@@ -83,15 +84,11 @@ def all_solvers():
 
 def compilations(function, arguments):
     """How many programs are compiled for a list of arguments, after the first of them."""
-    heard = []
     function(*arguments[0])
-    jax.monitoring.register_event_duration_secs_listener(hear := lambda name, *_, **__: heard.append(name))
-    try:
+    with counted() as compiled:
         for some in arguments[1:]:
             function(*some)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(hear)
-    return sum(name.endswith("backend_compile_duration") for name in heard)
+    return len(compiled)
 
 
 def test_new_seeds_noise_times_and_scales_do_not_compile_again(all_solvers):

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -12,6 +11,7 @@ import pytest
 from jaxdiff import train
 from jaxdiff.errors import ConfigError
 from jaxdiff.train import step as step_lib
+from tests.oracles.compiles import counted
 
 WIDTH, BATCH = 4, 8
 EMA = {"slow": 0.999, "fast": 0.5}
@@ -205,20 +205,15 @@ def test_state_is_donated_and_the_callers_parameters_are_not():
 
 
 def test_nothing_is_compiled_after_the_first_call():
-    compiled = []
     step, data = make(steps_per_call=2, accumulate=2), batches(10)
     state, _ = step(new_state(), part(data, 0, 2))
-    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-    try:
+    with counted() as compiled:
         for i in range(2, 10, 2):
             state, _ = step(state, part(data, i, i + 2))
-        events = [name for name in compiled if "backend_compile" in name]
+    assert compiled == []
+    with counted() as compiled:
         jax.jit(lambda x: x * 1.234567)(jnp.ones(3))  # the counter can count
-        assert any("backend_compile" in name for name in compiled)
-    finally:
-        jax.monitoring.clear_event_listeners()
-    assert events == []
-    assert step.jitted._cache_size() == 1
+    assert compiled
 
 
 def test_logsnr_buckets_are_the_sums_by_hand():
