@@ -21,6 +21,7 @@ CHAIN = [
     {"likelihood"},
 ]
 LEAVES = {"nets", "text", "data", "metrics", "train"}  # know no diffusion mathematics
+FRIENDS = {"pretrained": {"nets", "text"}}  # beside them, and what it makes
 FORBIDDEN = {"torch", "tensorflow", "experiments"}
 
 
@@ -39,8 +40,8 @@ def imported(path: Path) -> set[str]:
 
 def allowed(room: str) -> set[str]:
     """The rooms that `room` may import."""
-    if room in LEAVES:
-        return {"types", "errors", room}
+    if room in LEAVES | set(FRIENDS):
+        return {"types", "errors", room} | FRIENDS.get(room, set())
     below: set[str] = set()
     for level in CHAIN:
         if room in level:
