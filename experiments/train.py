@@ -22,6 +22,7 @@ from tqdm import tqdm
 from experiments import check, cli, inputs, pictures, workdir
 from experiments import model as models
 from experiments.configs import Config
+from experiments.saving import Saver, tolerated
 from jaxdiff import data, train
 from jaxdiff.errors import DataError
 from jaxdiff.train import checkpoint
@@ -66,7 +67,8 @@ class Job:
         self.rows = inputs.arrays(self.dataset, config.condition, self.tokenizer, config.text.max_len)
         self.key_init, self.key_train = jax.random.split(jax.random.key(config.seed))
         self.abstract = jax.eval_shape(self.init)
-        workdir.check_space(directory, _bytes(self.abstract) * (config.train.keep + 1))
+        there = len(checkpoint.Checkpoints(directory / "checkpoints").steps())
+        workdir.check_space(directory, _bytes(self.abstract) * max(1, config.train.keep + 1 - there))
 
     def init(self) -> dict[str, Any]:
         """The carry before the first step; jit it."""
@@ -134,7 +136,7 @@ def fit(job: Job) -> int:
         done, carry = _start(job, checkpoints)
         bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
         with bar, workdir.Log(job.directory, done) as log, Stop() as stop:
-            done = _loop(job, carry, done, checkpoints, log, stop, bar)
+            done = _loop(job, carry, done, Saver(checkpoints, job.meta, done), log, stop, bar)
     if stop.signal is not None and done < c.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
         return 128 + stop.signal
@@ -170,15 +172,16 @@ def _restore(job: Job, checkpoints: checkpoint.Checkpoints, among: Sequence[int]
     return carry
 
 
-def _go_back(job: Job, state: Any, end: int, checkpoints: checkpoint.Checkpoints) -> dict[str, Any]:
+def _go_back(job: Job, state: Any, end: int, saver: Saver) -> dict[str, Any]:
     """The carry at step `end`, where the gradients are in trouble, with the parameters of the last good checkpoint.
 
     Only those at a multiple of checkpoint_every count, which every run makes, whenever it was interrupted: so the
     repeated run goes back to the same one.
     """
-    checkpoints.wait()
-    among = [step for step in checkpoints.steps() if step < end and step % job.config.train.checkpoint_every == 0]
-    good = _restore(job, checkpoints, among) if among else _fresh(job)
+    saver.wait(end)
+    steps, every = saver.checkpoints.steps(), job.config.train.checkpoint_every
+    among = [step for step in steps if step < end and step % every == 0]
+    good = _restore(job, saver.checkpoints, among) if among else _fresh(job)
     tqdm.write(
         f"the gradients are not finite before step {end}: back to the parameters of step {int(good['state'].step)}, "
         "and on with the data that follow"
@@ -208,7 +211,7 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
     )
 
 
-def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
+def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
     c, k = job.config.train, check.steps_per_call(job.config, done)
     step, rows = _make_step(job, k), jax.device_put(job.rows, train.mesh.replicated(job.mesh))
     feed, draw = _feed(job, done, k), jax.jit(job.sampler)
@@ -219,7 +222,8 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
             batches = next(feed)
         except DataError:  # a picture that cannot be read, found only now
             if _trouble(unheard, ahead=0) is None:
-                checkpoints.save(carry, done, job.meta)
+                saver.save(carry, done)
+                saver.wait(done)
             raise
         state, metrics = step(carry["state"], batches, rows)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
@@ -230,7 +234,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
         stopping = stop.signal is not None
         end = _trouble(unheard, ahead=0 if stopping or any(_due(c, done).values()) else 1)
         if end is not None:
-            carry, done, unheard = _go_back(job, carry["state"], end, checkpoints), end, []
+            carry, done, unheard = _go_back(job, carry["state"], end, saver), end, []
             feed, since = _feed(job, done, k), (time.perf_counter(), done)
         bar.update(done - bar.n)
         due = _due(c, done)
@@ -244,7 +248,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, checkpoints: Any, log: wor
             save_grid(job, draw, carry["state"].ema_params["ema"], done)
             since = since[0] + time.perf_counter() - started, since[1]
         if stopping or due["checkpoint"]:
-            checkpoints.save(carry, done, job.meta)
+            saver.save(carry, done, last=stopping or done == c.steps)
         if stopping:
             break
     return done
@@ -304,8 +308,9 @@ def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
     x0 = draw(params, keys, cond, job.model.null(c.num))
     text = {"step": done, "conditions": words, "solver": c.solver, "steps": c.steps, "scale": c.scale, "seed": c.seed}
     path = job.directory / "samples" / f"step_{done:08d}.png"
-    data.save_png(path, pictures.sheet(x0, words), text)
-    tqdm.write(f"samples: {path}")
+    with tolerated(str(path)):
+        data.save_png(path, pictures.sheet(x0, words), text)
+        tqdm.write(f"samples: {path}")
 
 
 def use_compile_cache() -> None:

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from experiments import cli
 from experiments.configs import Config
+from experiments.saving import tolerated
 from jaxdiff.errors import CheckpointError, ConfigError, DataError
 
 # Settings that do not change what is learned up to a step: a run may be resumed with others.
@@ -194,13 +195,19 @@ class Log:
         for name in ("metrics", "speed"):
             path = workdir / f"{name}.jsonl"
             _truncate(path, step)
-            self.files[name] = path.open("a", encoding="utf-8")
+            self.files[name] = path.open("ab", buffering=0)
+        self.unwritten = dict.fromkeys(self.files, b"")
         self.board = _tensorboard(workdir / "tensorboard", step)
 
     def write(self, name: str, step: int, values: dict[str, Any]) -> None:
-        """Add one line to metrics or speed. Floats are written so that they read back exactly."""
-        self.files[name].write(json.dumps({"step": step} | values) + "\n")
-        self.files[name].flush()
+        """Add one line to metrics or speed. Floats are written so that they read back exactly.
+
+        What a full disk does not take is kept, and written with the next line.
+        """
+        self.unwritten[name] += (json.dumps({"step": step} | values) + "\n").encode()
+        with tolerated(f"{name}.jsonl at step {step}"):
+            while self.unwritten[name]:
+                self.unwritten[name] = self.unwritten[name][self.files[name].write(self.unwritten[name]) :]
         if self.board:
             for key, value in values.items():
                 parts = {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
