@@ -3,7 +3,7 @@
     python -m experiments.solvers                                              the whole table, as Markdown
     python -m experiments.solvers --diffusers                                  and diffusers' schedulers beside it
     python -m experiments.solvers --solver dpmpp_2m heun --grid log_snr 'karras(sigma_min=0.03)' --calls 10 20
-    python -m experiments.solvers --workdir runs/emoji --solver unipc_2 --grid uniform --calls 10     a trained network
+    python -m experiments.solvers --workdir runs/emoji --solver unipc_2 --grid uniform --calls 10   a trained network
     python -m experiments.solvers --speed                                      steps per second instead
 
 The problem: a mixture of 16 Gaussians in 64 dimensions, whose denoiser D(x, t) = E[x0 | x_t] is known in closed form.
