@@ -90,14 +90,19 @@ def test_rule_cuts_the_largest_divisible_dimension_of_large_leaves():
 
 
 def test_minus_one_is_the_rest():
-    assert dict(mesh_lib.make().shape) == {"data": 8, "fsdp": 1}
-    assert dict(mesh_lib.make(-1, 4).shape) == {"data": 2, "fsdp": 4}
-    assert dict(mesh_lib.make(2, -1).shape) == {"data": 2, "fsdp": 4}
+    assert dict(mesh_lib.make().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(mesh_lib.make(-1, 4).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(mesh_lib.make(2, -1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(mesh_lib.make(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh_lib.make(1, 2, -1).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
 
 
-@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (-2, -4)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 8), (0, 8, 1), (-2, -4, 1), (2, 2, 3), (-1, 2, 0), (-1, 16, 1), (-2, -2, 2)]
+)
 def test_sizes_that_do_not_fit_are_named(sizes):
-    with pytest.raises(ConfigError, match=f"mesh data={sizes[0]}, fsdp={sizes[1]} does not fit 8"):
+    data, fsdp, tensor = sizes
+    with pytest.raises(ConfigError, match=f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit 8"):
         mesh_lib.make(*sizes)
 
 

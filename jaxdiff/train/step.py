@@ -94,7 +94,7 @@ class Step:
     def _place(self, batches: PyTree) -> PyTree:
         if self.mesh is None:
             return batches
-        return jax.device_put(batches, mesh_lib.batch_sharding(self.mesh, leading=1))
+        return mesh_lib.place(batches, mesh_lib.batch_sharding(self.mesh, leading=1))
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if len(shape) < 2 or shape[0] != self.steps_per_call:
@@ -147,7 +147,10 @@ def make_step(
             new = jax.lax.with_sharding_constraint(new, mesh_lib.state_sharding(mesh, new))
         trouble = guard.trouble(new.bad_at, state.step)
         own = {"loss": loss, "grad_norm": norm, "bad_steps": new.bad_steps, "trouble": trouble}
-        return new, own | summary(losses, aux)
+        metrics = own | summary(losses, aux)
+        if mesh is not None:  # so that every host can read them
+            metrics = jax.lax.with_sharding_constraint(metrics, mesh_lib.replicated(mesh))
+        return new, metrics
 
     def run(state: TrainState, root: Key, batches: PyTree, data: PyTree) -> tuple[TrainState, Metrics]:
         return _loop(lambda s, batch: one(s, batch, root, data), state, batches, mesh)
