@@ -9,6 +9,8 @@
     >>> sorted(precision_recall(real, fake))
     ['precision', 'recall']
 
+`metrics.inception` and `metrics.lpips` are networks; they come with Flax, so import them by name.
+
 A value falls or rises with the number of samples, so quote it with that number, and beside a floor that was measured
 the same way: real pictures against other real ones, and a Gaussian fitted to the data.
 """
