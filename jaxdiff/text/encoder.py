@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.errors import ConfigError
+from jaxdiff.text.layers import masked_mean
 from jaxdiff.types import Array
 
 
@@ -48,7 +49,7 @@ class TextEncoder(nn.Module):
         for i in range(self.depth):
             x = _Block(self.heads, self.dtype, name=f"block_{i}")(x, mask)
         tokens = _norm(x, "norm")
-        return TextFeatures(tokens, mask, _masked_mean(tokens, mask))
+        return TextFeatures(tokens, mask, masked_mean(tokens, mask))
 
     def _check(self, ids: Array) -> None:
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.max_len:
@@ -77,9 +78,3 @@ def _norm(x: Array, name: str) -> Array:
     """LayerNorm with statistics of at least float32, whatever the compute type."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return nn.LayerNorm(dtype=wide, name=name)(x.astype(wide)).astype(x.dtype)
-
-
-def _masked_mean(tokens: Array, mask: Array) -> Array:
-    weights = mask.astype(jnp.promote_types(tokens.dtype, jnp.float32))
-    total = jnp.einsum("bld,bl->bd", tokens.astype(weights.dtype), weights)
-    return (total / weights.sum(axis=1, keepdims=True)).astype(tokens.dtype)
