@@ -4,6 +4,7 @@ config.json     the resolved config              data.json      shape, number of
 versions.json   what made it                     tokenizer.json the text vocabulary, where there is one
 metrics.jsonl   one line per logged step         speed.jsonl    time per logged step (differs from run to run)
 samples/        PNG grids                        checkpoints/   the state
+skipped_records.jsonl   the examples that cannot be used, where there are any
 tensorboard/    the metrics again, where tensorboardX is installed
 """
 
@@ -31,6 +32,8 @@ from jaxdiff.errors import CheckpointError, ConfigError, DataError
 # Settings that do not change what is learned up to a step: a run may be resumed with others.
 FREE = (
     "data.memory_gb",
+    "data.ahead",
+    "data.workers",
     "train.log_every",
     "train.sample_every",
     "train.checkpoint_every",
@@ -205,15 +208,18 @@ class Log:
         What a full disk does not take is kept, and written with the next line.
         """
         self.unwritten[name] += (json.dumps({"step": step} | values) + "\n").encode()
-        with tolerated(f"{name}.jsonl at step {step}"):
-            while self.unwritten[name]:
-                self.unwritten[name] = self.unwritten[name][self.files[name].write(self.unwritten[name]) :]
+        self._flush(name)
         if self.board:
             for key, value in values.items():
                 parts = {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
                 for name, part in parts.items():
                     if part is not None:
                         self.board.add_scalar(name, part, step)
+
+    def _flush(self, name: str) -> None:
+        with tolerated(f"{name}.jsonl"):
+            while self.unwritten[name]:
+                self.unwritten[name] = self.unwritten[name][self.files[name].write(self.unwritten[name]) :]
 
     def __enter__(self) -> "Log":
         return self
@@ -223,7 +229,8 @@ class Log:
 
     def close(self) -> None:
         """Close the files."""
-        for file in self.files.values():
+        for name, file in self.files.items():
+            self._flush(name)
             file.close()
         if self.board:
             self.board.close()

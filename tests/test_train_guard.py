@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import model as models
 from experiments import train as job
 from experiments import workdir
 from jaxdiff import train
 from jaxdiff.errors import NonFiniteError
 from jaxdiff.train import guard
-from tests.oracles.reliability import TOY
+from jaxdiff.train import step as step_lib
+from tests.oracles import reliability
+from tests.oracles.reliability import NOW_AND_THEN
 
 OPTIMIZER = train.adam(1e-2)
 remember, trouble = jax.jit(guard.remember), jax.jit(guard.trouble)
@@ -75,28 +76,35 @@ def test_the_third_time_in_a_thousand_steps_is_an_error():
     assert int(train.roll_back(state_at(1000, 1), state_at(1034, 9, skipped), 1034).step) == 1034
 
 
-BATCHES, LOSS = job.inputs.batches, models.Model.loss
-NOW_AND_THEN = range(2, 21, 2)  # ten of them: back at step 21, to the checkpoint of step 18
-
-
 def run(directory, bad, monkeypatch, stop_at=None):
-    """The toy run of 30 steps where the losses of the steps `bad` are NaN, and a signal comes in step `stop_at`."""
+    """The toy run of 30 steps where the losses of the steps `bad` are NaN, and a signal comes in step `stop_at`.
 
-    def batches(dataset, *, step, batch_size, steps, **kwargs):
-        for batch in BATCHES(dataset, step=step, batch_size=batch_size, steps=steps, **kwargs):
-            if step == stop_at:
+    After every step all of the parameters, their averages and the optimiser's moments must be finite.
+    """
+    make, seen = job._make_step, []
+
+    def made(job, steps):
+        step = make(job, steps)
+
+        def checked(state, batches, rows):
+            if int(state.step) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            yield batch | {"bad": np.full((steps, batch_size), step in bad)}
-            step += steps
+            state, metrics = step(state, batches, rows)
+            leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
+            assert all(np.isfinite(leaf).all() for leaf in leaves), "parameters are not finite"
+            seen.append(int(state.step))
+            return state, metrics
 
-    def loss(self, params, key, batch):
-        losses, aux = LOSS(self, params, key, batch)
-        return jnp.where(batch["bad"], jnp.nan, losses), aux
+        return checked
 
     with monkeypatch.context() as patch:
-        patch.setattr(job.inputs, "batches", batches)
-        patch.setattr(models.Model, "loss", loss)
-        return job.run([*TOY, "--config.train.steps=30", f"--workdir={directory}"])
+        reliability.poison(bad, patch.setattr)
+        patch.setattr(job, "_make_step", made)
+        patch.setattr(job, "save_grid", lambda *arguments: None)
+        patch.setattr(job.check, "mesh", lambda config: train.mesh.make(devices=jax.devices()[:1]))
+        status = job.run([*reliability.TOY, "--config.train.steps=30", f"--workdir={directory}"])
+    assert seen
+    return status
 
 
 def state_of(directory):
@@ -130,24 +138,35 @@ def test_a_run_in_trouble_goes_back_and_skips_the_data(whole, tmp_path, monkeypa
     )
 
 
-@pytest.mark.parametrize("stops", [(18, 19), (20,)])
-def test_interrupted_in_trouble_it_goes_back_to_the_same_step(whole, tmp_path, monkeypatch, stops):
-    """Two saves at odd steps, with two kept, do not cost the one it will go back to."""
-    for stop_at in stops:
+def test_interrupted_in_trouble_it_goes_back_to_the_same_step(whole, tmp_path, monkeypatch):
+    """Saves at odd steps, with two kept, do not cost the one it will go back to."""
+    for stop_at in (18, 19, 20):
         assert run(tmp_path / "run", NOW_AND_THEN, monkeypatch, stop_at) == 143
     assert run(tmp_path / "run", NOW_AND_THEN, monkeypatch) == 0
     assert_same_bits(state_of(tmp_path / "run"), state_of(whole))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
-def test_a_burst_without_end_stops_the_run_and_leaves_finite_parameters(tmp_path, monkeypatch):
-    with pytest.raises(NonFiniteError, match=r"step 19, though the data of the steps 12 to 12 and 15 to 15"):
-        run(tmp_path / "run", range(10, 1000), monkeypatch)
-    checkpoints = train.Checkpoints(tmp_path / "run" / "checkpoints")
-    assert checkpoints.steps()[-1] == 18
+def test_bursts_of_one_and_of_three_cost_their_own_steps(tmp_path, monkeypatch):
+    """Three go back to the checkpoint of step 12, which holds the parameters of step 10."""
+    assert run(tmp_path / "run", [4, 10, 11, 12], monkeypatch) == 0
+    assert int(state_of(tmp_path / "run").bad_steps) == 4
+
+
+@pytest.mark.parametrize(("length", "lives"), [(10, 2), (1000, 1)])
+def test_a_long_burst_stops_the_run(tmp_path, monkeypatch, length, lives):
+    """And does again when it is started again."""
+    for _ in range(lives):
+        with pytest.raises(NonFiniteError, match=r"step 19, though the data of the steps 12 to 12 and 15 to 15"):
+            run(tmp_path / "run", range(10, 10 + length), monkeypatch)
+    assert train.Checkpoints(tmp_path / "run" / "checkpoints").steps()[-1] == 18
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state_of(tmp_path / "run").params))
 
 
-def test_a_burst_of_three_costs_three_steps(tmp_path, monkeypatch):
-    assert run(tmp_path / "run", range(10, 13), monkeypatch) == 0
-    assert int(state_of(tmp_path / "run").bad_steps) == 3
+def test_without_the_gate_a_burst_of_one_would_be_seen(tmp_path, monkeypatch):
+    advance = step_lib._advance
+    monkeypatch.setattr(
+        step_lib, "_advance", lambda state, grads, finite, *rest: advance(state, grads, jnp.ones_like(finite), *rest)
+    )
+    with pytest.raises(AssertionError, match="parameters are not finite"):
+        run(tmp_path / "run", [10], monkeypatch)

@@ -16,7 +16,7 @@ import pytest
 from jaxdiff import train
 from jaxdiff.errors import CheckpointError
 from jaxdiff.train import Checkpoints, seal
-from tests.oracles import reliability
+from tests.oracles import damage, reliability
 
 TEMPLATE = {"w": jax.ShapeDtypeStruct((300,), jnp.float32)}
 NORMAL = np.random.default_rng(0).normal(size=300).astype(np.float32)
@@ -41,13 +41,13 @@ def folder(pristine, tmp_path):
 def unseen(pristine, directory):
     """The damages to step 2 that its seal does not show; each is done to a fresh copy of the step."""
     missed, count = [], 0
-    for damage in reliability.damages(pristine / "2", np.random.default_rng(0)):
+    for one in damage.damages(pristine / "2", np.random.default_rng(0)):
         step = shutil.copytree(pristine / "2", directory / "2")
-        damage.apply(step)
+        one.apply(step)
         count += 1
         try:
             seal.check(step, 2)
-            missed.append(damage.name)
+            missed.append(one.name)
         except CheckpointError:
             pass
         shutil.rmtree(step)
@@ -71,13 +71,13 @@ def test_orbax_alone_restores_a_flipped_bit_as_if_it_were_fine(folder, monkeypat
     array = max((folder / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     accepted = 0
     for position in range(0, array.stat().st_size, 7):
-        reliability.flip(array, position, 3)
+        damage.flip(array, position, 3)
         try:
             Checkpoints(folder).restore(TEMPLATE, 2)
             accepted += 1
         except CheckpointError:
             pass
-        reliability.flip(array, position, 3)
+        damage.flip(array, position, 3)
     assert accepted > 0
 
 
@@ -91,7 +91,7 @@ def test_the_files_that_differ_are_named_and_what_is_redone(folder):
 def test_a_step_whose_name_for_its_leaves_is_damaged_is_not_taken_for_a_foreign_one(folder):
     """One bit makes of "leaves" another word: the step must be named as damaged, not left out without a word."""
     record = folder / "2" / "_CHECKPOINT_METADATA"
-    reliability.flip(record, record.read_bytes().index(b'"leaves"') + 1, 0)
+    damage.flip(record, record.read_bytes().index(b'"leaves"') + 1, 0)
     assert Checkpoints(folder).steps() == [1, 2]
     with pytest.warns(UserWarning, match="_CHECKPOINT_METADATA is not what was sealed"):
         Checkpoints(folder).restore(TEMPLATE)
@@ -99,7 +99,7 @@ def test_a_step_whose_name_for_its_leaves_is_damaged_is_not_taken_for_a_foreign_
 
 
 def test_two_steps_that_changed_places_are_seen(folder):
-    reliability.swap(folder / "1", folder / "2")
+    damage.swap(folder / "1", folder / "2")
     with pytest.warns(UserWarning, match="sealed as step 1"), pytest.raises(CheckpointError, match="sealed as step 2"):
         Checkpoints(folder).restore(TEMPLATE)
 
@@ -115,9 +115,7 @@ def test_the_seal_says_what_of_which_config_and_in_which_format(folder):
     body = json.loads((folder / "2" / seal.NAME).read_text())["body"]
     assert (body["format"], body["step"], body["finite"]) == (seal.FORMAT, 2, True)
     assert body["config"] == hashlib.sha256(b'{"n": 2}').hexdigest()
-    assert set(body["files"]) == {str(p.relative_to(folder / "2")) for p in reliability.files(folder / "2")} - {
-        seal.NAME
-    }
+    assert set(body["files"]) == {str(p.relative_to(folder / "2")) for p in damage.files(folder / "2")} - {seal.NAME}
 
 
 def test_a_config_that_is_not_the_one_handed_over_is_refused(folder):
@@ -148,7 +146,7 @@ def test_the_last_two_sound_steps_outlive_any_number_of_others(folder):
         for n in (3, 4, 5):
             checkpoints.save({"w": jnp.full((300,), jnp.inf)}, n)
     assert Checkpoints(folder).steps() == [1, 2, 3, 4, 5]
-    reliability.flip(max(reliability.files(folder / "2"), key=os.path.getsize), 9, 0)
+    damage.flip(max(damage.files(folder / "2"), key=os.path.getsize), 9, 0)
     with Checkpoints(folder, keep=2) as checkpoints:
         checkpoints.save({"w": jnp.ones(300)}, 6)
         checkpoints.wait()
@@ -204,30 +202,19 @@ def loss(params, key, batch):
 
 
 class Instants:
-    """Copies a directory before and after everything that changes it: what a kill at that instant would leave."""
+    """Copies a directory at every event of the file system: what a kill at that instant would leave."""
 
-    def __init__(self, directory, copies, monkeypatch):
+    def __init__(self, directory, copies):
         self.directory, self.copies = directory, copies
         self.lock, self.copying, self.names = threading.RLock(), False, []
-        for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
-            monkeypatch.setattr(os, name, self.around(name, getattr(os, name)))
 
-    def around(self, name, act):
-        def wrapped(*args, **kwargs):
-            with self.lock:
-                self.copy(f"before {name}")
-                result = act(*args, **kwargs)
-                self.copy(f"after {name}")
-                return result
-
-        return wrapped
-
-    def copy(self, name):
-        if not self.copying:
-            self.copying = True
-            shutil.copytree(self.directory, self.copies / str(len(self.names)))
-            self.names.append(name)
-            self.copying = False
+    def __call__(self, event):
+        with self.lock:
+            if not self.copying:
+                self.copying = True
+                shutil.copytree(self.directory, self.copies / str(len(self.names)))
+                self.names.append(" ".join(event.split(" ")[:2]))
+                self.copying = False
 
 
 def test_a_kill_at_any_instant_of_a_save_resumes_bit_for_bit(tmp_path, monkeypatch):
@@ -243,7 +230,8 @@ def test_a_kill_at_any_instant_of_a_save_resumes_bit_for_bit(tmp_path, monkeypat
             if n == 2:
                 checkpoints.wait()
                 with monkeypatch.context() as patch:
-                    instants = Instants(directory, tmp_path, patch)
+                    instants = Instants(directory, tmp_path)
+                    reliability.watch(instants, patch.setattr)
                     checkpoints.save(state, 3)
                     checkpoints.wait()
     seen = set()

@@ -1,6 +1,7 @@
-"""The promises of training, tried on real processes that are really killed, and on files that are really damaged.
+"""The promises of training, tried on real processes that are really killed.
 
-    python -m tests.oracles.reliability --trials 100
+    python -m tests.oracles.reliability              the long part
+    python -m tests.oracles.reliability --short      the one that the tests run
 
 The toy run is the Swiss roll: 60 steps, a checkpoint every 3, a line of the log every step. A trial interrupts it and
 starts it again by the same command until it ends; it passes where every leaf of the last checkpoint and every loss in
@@ -9,32 +10,39 @@ imported everything and touched no device: that saves each of them three seconds
 """
 
 import argparse
-import dataclasses
+import contextlib
+import errno
 import functools
 import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1  # noqa: F401  (so that no fork has to import it)
 
 from experiments import cli, workdir
+from experiments import model as models
 from experiments import train as job
-from jaxdiff.train import Checkpoints
+from jaxdiff.train import Checkpoints, seal
+from tests.oracles.damage import damaged
 
 STEPS, EVERY = 60, 3
 TOY = [
@@ -43,94 +51,32 @@ TOY = [
     "--config.sample.num=16", "--config.sample.steps=2", "--config.data.points=100", f"--config.train.steps={STEPS}",
     f"--config.train.checkpoint_every={EVERY}",
 ]  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Damage:
-    """One thing that goes wrong in the folder of a step; `name` says what and where."""
-
-    name: str
-    apply: Callable[[Path], None]
-
-
-def files(folder: Path) -> list[Path]:
-    """Every file of a folder, in order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _rewrite(path: Path, change: Callable[[bytearray], bytes | bytearray]) -> None:
-    path.write_bytes(change(bytearray(path.read_bytes())))
-
-
-def flip(path: Path, position: int, bit: int) -> None:
-    """Invert one bit."""
-
-    def change(data: bytearray) -> bytearray:
-        data[position] ^= 1 << bit
-        return data
-
-    _rewrite(path, change)
-
-
-def zero(path: Path, start: int, length: int = 512) -> None:
-    """A sector that reads as zeros; a file of zeros there is changed in its first byte, so that something is."""
-
-    def change(data: bytearray) -> bytearray:
-        lost = len(data[start : start + length])
-        if not any(data[start : start + length]):
-            data[start] = 1
-        else:
-            data[start : start + length] = bytes(lost)
-        return data
-
-    _rewrite(path, change)
-
-
-def swap(one: Path, other: Path) -> None:
-    """Exchange the contents of two files, or of two folders."""
-    spare = one.with_name(one.name + ".spare")
-    one.rename(spare)
-    other.rename(one)
-    spare.rename(other)
-
-
-def damages(folder: Path, rng: np.random.Generator, flips: int = 4) -> Iterator[Damage]:
-    """Every kind of damage to every file of `folder`: the paths are relative, so each can be applied to a copy."""
-    sizes = {path.relative_to(folder): path.stat().st_size for path in files(folder)}
-    for name, size in sizes.items():
-        if size:
-            yield from _changes(name, size, rng, flips)
-        yield Damage(f"a byte after {name}", lambda f, n=name: _rewrite(f / n, lambda data: data + b"\n"))
-        yield Damage(f"{name} deleted", lambda f, n=name: (f / n).unlink())
-        yield Damage(f"a file beside {name}", lambda f, n=name: (f / n).with_name("extra").write_bytes(b""))
-    names = list(sizes)
-    for i, one in enumerate(names):
-        for other in names[i + 1 :]:
-            if (folder / one).read_bytes() != (folder / other).read_bytes():
-                yield Damage(f"{one} and {other} swapped", lambda f, a=one, b=other: swap(f / a, f / b))
-    yield Damage("the state deleted", lambda f: shutil.rmtree(f / "state"))
-    yield Damage("everything deleted but the seal", lambda f: [p.unlink() for p in files(f) if p.name != "seal.json"])
-
-
-def _changes(name: Path, size: int, rng: np.random.Generator, flips: int) -> Iterator[Damage]:
-    for place in {0, size // 2, size - 1, *rng.integers(size, size=flips).tolist()}:
-        bit = int(rng.integers(8))
-        yield Damage(f"bit {bit} of byte {place} of {name}", lambda f, p=place, b=bit: flip(f / name, p, b))
-    for left in {0, size // 2, size - 1}:
-        yield Damage(f"{name} cut to {left} bytes", lambda f, k=left: _rewrite(f / name, lambda data: data[:k]))
-    yield Damage(f"zeros in {name}", lambda f: zero(f / name, 0))
+NOW_AND_THEN = range(2, 21, 2)  # ten bad gradients: back at step 21, to the checkpoint of step 18
+POINTS = {  # of a save, in the order in which they come
+    "after the temporary folder": r"after mkdir .*/\d+\.saving\.[^/]*$",
+    "while the arrays are written": r"after mkdir .*/\d+\.saving\.[^/]*/state$",
+    "before the seal": r"before rename .*/seal\.json\.tmp$",
+    "after the seal": r"after rename .*/seal\.json\.tmp$",
+    "before the rename": r"before rename .*/\d+\.saving$",
+    "after the rename": r"after rename .*/\d+\.saving$",
+    "during retention": r"(after unlink [^/]*|(before|after) rename .*/checkpoints/\d+)$",
+}
 
 
 class Run:
-    """The toy run in a directory, and the process in which it lives."""
+    """The toy run in a directory, and the process in which it lives. `prepare` comes first in each of its lives."""
 
-    def __init__(self, root: Path, name: str):
+    kills = 0  # of all runs
+
+    def __init__(self, root: Path, name: str, prepare: Callable[[], object] = lambda: None):
         self.root, self.name, self.directory, self.pid = root, name, root / name, 0
+        self.prepare = prepare
 
     def start(self, prepare: Callable[[], object] = lambda: None, then: Callable[[], int] = lambda: 0) -> None:
         """Give it a life, with something before it and something after it."""
 
         def act() -> int:
+            self.prepare()
             prepare()
             return job.run([*TOY, f"--workdir={self.directory}"]) or then()
 
@@ -145,6 +91,10 @@ class Run:
         """The newest step that it has saved."""
         return max((int(p.name) for p in (self.directory / "checkpoints").iterdir() if p.name.isdecimal()), default=0)
 
+    def said(self) -> str:
+        """All that it has printed in all its lives."""
+        return (self.root / f"{self.name}.txt").read_text()
+
     def wait_for(self, step: int) -> None:
         """Until it has finished `step`, or has ended."""
         while self.logged() < step and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -152,14 +102,16 @@ class Run:
 
     def end(self) -> int:
         """Wait for the end of the process: its exit status, or the negative number of the signal that killed it."""
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        Run.kills += status == -signal.SIGKILL
+        return status
 
     def finish(self) -> tuple[bytes, str]:
         """Live to the end, and say what is compared: the log, and the digest of all leaves."""
         result = self.root / f"{self.name}.sha256"
         self.start(then=lambda: 0 * result.write_text(digest(self.directory)))
         if status := self.end():
-            raise RuntimeError(f"{self.name} ended with {status}:\n{(self.root / f'{self.name}.txt').read_text()}")
+            raise RuntimeError(f"{self.name} ended with {status}:\n{self.said()}")
         return (self.directory / "metrics.jsonl").read_bytes(), result.read_text()
 
 
@@ -196,23 +148,104 @@ def digest(directory: Path) -> str:
     return total.hexdigest()
 
 
-def killed(run: Run, rng: np.random.Generator, kills: int = 2) -> None:
-    """Kill it `kills` times: near a random step, or in the first second of its life."""
+def poison(bad: Any, patch: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Have the losses and the gradients of the steps `bad` be NaN."""
+    batches, loss = job.inputs.batches, models.Model.loss
+
+    def marked(dataset: Any, *, step: int, batch_size: int, steps: int, **kwargs: Any) -> Iterator[dict[str, Any]]:
+        for batch in batches(dataset, step=step, batch_size=batch_size, steps=steps, **kwargs):
+            yield batch | {"bad": np.full((steps, batch_size), step in bad)}
+            step += steps
+
+    def poisoned(self: models.Model, params: Any, key: Any, batch: Any) -> tuple[Any, Any]:
+        losses, aux = loss(self, params, key, batch)
+        return losses * jnp.where(batch["bad"], jnp.nan, 1.0), aux  # the gradients, too
+
+    patch(job.inputs, "batches", marked)
+    patch(models.Model, "loss", poisoned)
+
+
+def forget() -> None:
+    """Have it begin with the first of the data in each of its lives."""
+    batches = job.inputs.batches
+    job.inputs.batches = lambda *args, step, **kwargs: batches(*args, step=0, **kwargs)
+
+
+def watch(seen: Callable[[str], None], patch: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Call `seen` before and after all that is done to the file system from here: "before rename a/3.saving"."""
+
+    def around(name: str, act: Callable) -> Callable:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            seen(f"before {name} {args[0]}")
+            result = act(*args, **kwargs)
+            seen(f"after {name} {args[0]}")
+            return result
+
+        return watched
+
+    for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
+        patch(os, name, around(name, getattr(os, name)))
+
+
+def die(pattern: str, number: int) -> None:
+    """Have the process killed at the event of this number among those that match."""
+    count = itertools.count(1)
+
+    def seen(event: str) -> None:
+        if re.match(pattern, event) and next(count) == number:
+            if pattern == POINTS["while the arrays are written"]:
+                threading.Thread(target=_die_while_written, args=[Path(event.split(" ", 2)[2])]).start()
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    watch(seen)
+
+
+def _die_while_written(folder: Path) -> None:
+    while folder.exists():
+        with contextlib.suppress(OSError):
+            if any(path.stat().st_size for path in folder.rglob("d/*")):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def refuse(number: int, first: int, count: int, patch: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Have the disk refuse `count` operations on checkpoints from the `first` one on, with the error `number`."""
+    place = itertools.count(1)
+
+    def seen(event: str) -> None:
+        if re.match(r"before (\w+ .*/checkpoints/.*|\w+ [^/]*)$", event) and first <= next(place) < first + count:
+            raise OSError(number, os.strerror(number))
+
+    watch(seen, patch)
+
+
+def killed(run: Run, rng: np.random.Generator, within: int = STEPS, kills: int = 2) -> list[str]:
+    """Kill it `kills` times: near one of its next steps, or in the first second of its life."""
     while kills:
         run.start()
         if rng.random() < 0.25:
             time.sleep(rng.uniform(0, 1))
         else:
-            run.wait_for(int(rng.integers(min(run.logged(), STEPS - 2), STEPS)))
+            run.wait_for(int(rng.integers(min(run.logged(), STEPS - 2), min(run.logged() + within, STEPS))))
             time.sleep(rng.uniform(0, 0.02))
         os.kill(run.pid, signal.SIGKILL)
         kills -= run.end() == -signal.SIGKILL
+    return []
 
 
-def signalled(run: Run, rng: np.random.Generator, number: int, again: bool) -> list[str]:
+def killed_at(run: Run, rng: np.random.Generator, pattern: str, within: int) -> list[str]:
+    """Kill it at one of the next `within` events of a kind."""
+    run.start(functools.partial(die, pattern, int(rng.integers(1, within + 1))))
+    if run.end() != -signal.SIGKILL:  # it had ended before
+        shutil.rmtree(run.directory)
+        return killed_at(run, rng, pattern, within)
+    return []
+
+
+def signalled(run: Run, rng: np.random.Generator, number: int, again: bool = False, within: int = 40) -> list[str]:
     """Send it a signal, and where `again` a second one in the next 50 ms; returns what went wrong."""
     run.start()
-    run.wait_for(int(rng.integers(1, STEPS - 20)))
+    run.wait_for(run.logged() + int(rng.integers(1, within)))
     os.kill(run.pid, number)
     sent = time.monotonic()
     if again:
@@ -226,97 +259,172 @@ def signalled(run: Run, rng: np.random.Generator, number: int, again: bool) -> l
     return wrong + ([] if took <= 3 else [f"took {took:.1f} s"])
 
 
-class Events:
-    """Counts what the process does to the file system, and ends it there and then at number `last`."""
-
-    def __init__(self, last: int = sys.maxsize):
-        self.count, self.last = 0, last
-        for name in ("rename", "replace", "fsync", "mkdir", "unlink", "rmdir"):
-            setattr(os, name, self.around(getattr(os, name)))
-
-    def around(self, act: Callable) -> Callable:
-        """`act` between two events."""
-
-        def wrapped(*args: object, **kwargs: object) -> object:
-            self.tick()
-            result = act(*args, **kwargs)
-            self.tick()
-            return result
-
-        return wrapped
-
-    def tick(self) -> None:
-        """One more event."""
-        self.count += 1
-        if self.count >= self.last:
-            os._exit(9)
+def refused(run: Run, rng: np.random.Generator, number: int, within: int = 500) -> list[str]:
+    """Have the disk refuse one to six operations from one of the next `within` on: it must say so and go on."""
+    run.start(functools.partial(refuse, number, int(rng.integers(1, within)), int(rng.integers(1, 7))))
+    wrong = [f"status {status}"] if (status := run.end()) else []
+    return wrong + ([] if os.strerror(number) in run.said() and "The run goes on" in run.said() else ["no warning"])
 
 
-def damaged(root: Path, trials: int, rng: np.random.Generator) -> dict[str, int]:
-    """Damage the newer of two steps `trials` times: how often that was seen, and the older one was used."""
-    values = np.random.default_rng(1).normal(size=(2, 2000)).astype(np.float32)
-    with Checkpoints(root / "good") as checkpoints:
-        for n in range(2):
-            checkpoints.save({"w": values[n]}, n)
-    kinds = list(damages(root / "good" / "1", rng, flips=2 + trials // 12))
-    template = {"w": jax.ShapeDtypeStruct((2000,), np.float32)}
-    seen = 0
-    for i in rng.permutation(len(kinds))[:trials]:
-        copy = shutil.copytree(root / "good", root / "copy")
-        kinds[i].apply(copy / "1")
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            tree, _ = Checkpoints(copy).restore(template)
-        fell_back = any("Falling back to step 0" in str(w.message) for w in said)
-        if fell_back and np.array_equal(tree["w"], values[0]):
-            seen += 1
-        else:
-            print(f"not seen: {kinds[i].name}")
-        shutil.rmtree(copy)
-    return {"damages": min(trials, len(kinds)), "seen": int(seen)}
+def full(run: Run, rng: np.random.Generator) -> list[str]:
+    """A real disk that is full for up to a second: it must say so and go on."""
+    run.directory.mkdir()
+    with disk(run.directory):
+        run.start()
+        run.wait_for(int(rng.integers(EVERY, STEPS // 2)))
+        with (run.directory / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while ballast.write(b"0" * 4096):
+                pass
+        time.sleep(rng.uniform(0.2, 1))
+        (run.directory / "ballast").unlink()
+        return _went_on(run, errno.ENOSPC)
 
 
-def dead_at_a_file_operation(run: Run, rng: np.random.Generator) -> None:
-    """End it before or after one of its renames, syncs and deletions: in a save, between two, or in a deletion."""
-    run.start(functools.partial(Events, int(rng.integers(1, 40 * STEPS // EVERY))))
-    if run.end() != 9:  # it had ended before
-        shutil.rmtree(run.directory)
-        dead_at_a_file_operation(run, rng)
+def read_only(run: Run, rng: np.random.Generator) -> list[str]:
+    """Checkpoints on a real disk that is read-only for up to a second: it must say so and go on."""
+    signalled(run, rng, signal.SIGTERM, within=5)
+    with disk(run.directory / "checkpoints") as checkpoints:
+        run.start()
+        run.wait_for(run.logged() + int(rng.integers(1, STEPS // 2)))
+        while subprocess.run(["mount", "-o", "remount,ro", checkpoints], check=False, capture_output=True).returncode:
+            time.sleep(0.001)  # while a file there is open
+        time.sleep(rng.uniform(0.2, 1))
+        subprocess.run(["mount", "-o", "remount,rw", checkpoints], check=True)
+        return _went_on(run, errno.EROFS)
 
 
-def attempt(run: Run, interrupt: Callable[[Run], list[str] | None], wanted: tuple[bytes, str]) -> list[str]:
-    """Interrupt a run and let it finish; returns what went wrong."""
-    wrong = interrupt(run) or []
+def _went_on(run: Run, number: int) -> list[str]:
+    """What went wrong in a run whose disk failed; it may be the last save that did."""
+    status, said = run.end(), run.said()
+    if status == 2 and f"error: cannot write a checkpoint in {run.directory}" in said:
+        return []
+    wrong = [f"status {status}"] if status else []
+    return wrong + ([] if os.strerror(number) in said and "The run goes on" in said else ["no warning"])
+
+
+@contextlib.contextmanager
+def disk(folder: Path, size: str = "4m") -> Iterator[Path]:
+    """Put `folder` on a disk of its own for a while. Raises PermissionError where this user cannot mount one."""
+    spare = folder.with_name(f"{folder.name}.spare")
+    shutil.move(folder, spare)
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False)
+    if mounted.returncode:
+        raise PermissionError("a disk of a few megabytes can be mounted by root only.")
+    try:
+        shutil.copytree(spare, folder, dirs_exist_ok=True)
+        yield folder
+        shutil.rmtree(spare)
+        shutil.copytree(folder, spare)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    folder.rmdir()
+    shutil.move(spare, folder)
+
+
+Interruption = Callable[[Run], list[str]]
+
+
+def attempt(run: Run, interruptions: Iterable[Interruption], wanted: tuple[bytes, str]) -> list[str]:
+    """Interrupt a run, again and again, and let it finish; returns what went wrong."""
+    wrong = [f"{i}. {what}" for i, interrupt in enumerate(interruptions) for what in interrupt(run)]
     wrong += [] if run.finish() == wanted else ["the log or the state is not the same"]
     shutil.rmtree(run.directory)
     return wrong
 
 
-def trials(root: Path, count: int, rng: np.random.Generator) -> bool:
+def kinds(count: int, rng: np.random.Generator) -> dict[str, tuple[int, Interruption]]:
+    """Of each kind of trial: how many, and what happens."""
+    signals = itertools.cycle((signal.SIGTERM, signal.SIGINT))
+    errors = itertools.cycle((errno.ENOSPC, errno.EROFS))
+    tenth = max(1, count // 10)
+    at = {
+        f"killed {name}": (tenth, functools.partial(killed_at, rng=rng, pattern=POINTS[name], within=15))
+        for name in POINTS
+    }
+    return {
+        "killed twice at random instants": (count, lambda run: killed(run, rng)),
+        **at,
+        "killed at a file operation": (3 * tenth, lambda run: killed_at(run, rng, "", 40 * STEPS // EVERY)),
+        "one signal": (2 * tenth, lambda run: signalled(run, rng, next(signals))),
+        "two signals": (2 * tenth, lambda run: signalled(run, rng, next(signals), again=True)),
+        "refused by the disk": (2 * tenth, lambda run: refused(run, rng, next(errors))),
+        "disk full": (tenth, lambda run: full(run, rng)),
+        "disk read-only": (tenth, lambda run: read_only(run, rng)),
+    }  # fmt: skip
+
+
+def long(root: Path, count: int, rng: np.random.Generator) -> bool:
     """Print one line for each kind of trial; returns whether all passed."""
     wanted, passed = Run(root, "whole").finish(), True
-    numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
-    kinds: dict[str, tuple[int, Callable[[Run], list[str] | None]]] = {
-        "killed twice at random instants": (count, lambda run: killed(run, rng)),
-        "killed at a file operation": (max(1, count * 7 // 10), lambda run: dead_at_a_file_operation(run, rng)),
-        "one signal": (max(2, count // 5), lambda run: signalled(run, rng, next(numbers), again=False)),
-        "two signals": (max(1, count // 5), lambda run: signalled(run, rng, next(numbers), again=True)),
-    }
-    for name, (number, interrupt) in kinds.items():
-        good = 0
-        for i in range(number):
-            wrong = attempt(Run(root, f"{name} {i}"), interrupt, wanted)
-            good += not wrong
-            if wrong:
-                print(f"{name} {i}: {'; '.join(wrong)}", flush=True)
-        print(f"{name}: {good} of {number} passed", flush=True)
-        passed &= good == number
-    out = root / "damages"
-    os.waitpid(fork(lambda: 0 * out.write_text(json.dumps(damaged(root, 10 * count, rng))), root / "words"), 0)
-    made, seen = json.loads(out.read_text()).values()
-    print((root / "words").read_text(), end="")
+    for name, (number, interrupt) in kinds(count, rng).items():
+        passed &= tried(root, name, number, interrupt, wanted)
+    bad = functools.partial(poison, NOW_AND_THEN)
+    wanted = Run(root, "whole, with bad gradients", bad).finish()
+    passed &= tried(
+        root, "killed twice, with bad gradients", max(1, count // 10), lambda run: killed(run, rng), wanted, bad
+    )
+    print(f"SIGKILLs: {Run.kills}", flush=True)
+    passed &= damages(root, 10 * count, rng)
+    print("now with the seal switched off, which must be seen to fail:")
+    return passed and not damages(root, count, rng, sealed=False)
+
+
+def tried(
+    root: Path, name: str, number: int, interrupt: Interruption, wanted: tuple[bytes, str],
+    prepare: Callable[[], object] = lambda: None,
+) -> bool:  # fmt: skip
+    """Make `number` trials of one kind, and print how many passed; returns whether all did."""
+    good, started = 0, time.monotonic()
+    for i in range(number):
+        wrong = attempt(Run(root, f"{name} {i}", prepare), [interrupt], wanted)
+        good += not wrong
+        if wrong:
+            print(f"{name} {i}: {'; '.join(wrong)}", flush=True)
+    print(f"{name}: {good} of {number} passed ({time.monotonic() - started:.0f} s)", flush=True)
+    return good == number
+
+
+def short(root: Path, rng: np.random.Generator) -> bool:
+    """One run through everything, another that must be seen to fail, and a few damages; returns whether all is well."""
+    wanted = Run(root, "whole").finish()
+    near = 3 * EVERY
+    wrong = attempt(
+        Run(root, "interrupted"),
+        [
+            lambda run: signalled(run, rng, signal.SIGTERM, within=near),
+            lambda run: killed(run, rng, near, kills=1),
+            lambda run: killed_at(run, rng, rng.choice(list(POINTS.values())), 3),
+            lambda run: signalled(run, rng, signal.SIGINT, within=near),
+            lambda run: killed_at(run, rng, "", 100),
+            lambda run: signalled(run, rng, signal.SIGINT, again=True, within=near),
+            lambda run: refused(run, rng, errno.ENOSPC, 100),
+        ],
+        wanted,
+    )
+    print(f"one run through everything: {wrong or 'passed'}", flush=True)
+    other = attempt(
+        Run(root, "forgetful", forget), [lambda run: signalled(run, rng, signal.SIGTERM, within=near)], wanted
+    )
+    print(f"one that forgets its place in the data: {other}", flush=True)
+    return damages(root, 20, rng) and not wrong and other == ["the log or the state is not the same"]
+
+
+def damages(root: Path, count: int, rng: np.random.Generator, *, sealed: bool = True) -> bool:
+    """Print how many of `count` damages to a step were seen; returns whether all were."""
+    out, words = root / "damages", root / "words"
+
+    def act() -> int:
+        if not sealed:
+            seal.check = lambda folder, step: (True, None)
+        return 0 * out.write_text(json.dumps(damaged(root, count, rng)))
+
+    os.waitpid(fork(act, words), 0)
+    seen, made = json.loads(out.read_text())
+    if sealed:
+        print(words.read_text(), end="")
     print(f"damages to a step: {seen} of {made} seen, and the step before used", flush=True)
-    return passed and seen == made
+    return seen == made
 
 
 def quick(folder: str) -> None:
@@ -330,13 +438,15 @@ def quick(folder: str) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=100, help="of SIGKILL; the others in proportion")
+    parser.add_argument("--trials", type=int, default=100, help="with two SIGKILLs; the others in proportion")
+    parser.add_argument("--short", action="store_true", help="one run through everything instead")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # a kill loses nothing written, here or there
+    rng = np.random.default_rng(args.seed)
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         quick(f"{folder}/cache")
-        passed = trials(Path(folder), args.trials, np.random.default_rng(args.seed))
+        passed = short(Path(folder), rng) if args.short else long(Path(folder), args.trials, rng)
     sys.exit(not passed)
 
 
