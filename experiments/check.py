@@ -14,6 +14,8 @@ LEAST = {
     "seed": 0,
     "data.size": 1,
     "data.memory_gb": 0.0,
+    "data.ahead": 1,
+    "data.workers": 0,
     "text.max_len": 1,
     "text.dim": 1,
     "text.depth": 0,

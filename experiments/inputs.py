@@ -4,11 +4,13 @@
     data.path = a directory of *-idx3-ubyte[.gz]     MNIST's own files         (jaxdiff.data.idx)
     else                                             what data.name says, in SOURCES
 
-A folder whose pictures would take more than data.memory_gb is streamed by Grain; the batches are the same.
+A folder whose pictures would take more than data.memory_gb is streamed by Grain; the batches are the same. Records
+that cannot be used are replaced by others (jaxdiff.data.faults) and listed in skipped_records.jsonl of the workdir.
 """
 
+import contextlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -103,20 +105,30 @@ def arrays(dataset: Examples, condition: str, tokenizer: Any, max_len: int) -> d
     return rows
 
 
-def batches(dataset: Examples, *, seed: int, step: int, batch_size: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
+def faults(dataset: Examples, path: Path) -> data.Faults:
+    """The records that the run with the list at `path` skips: those known by now. DataError when they are too many."""
+    known = dataset.skipped if isinstance(dataset, data.Dataset) else data.still_bad(dataset, path)
+    return data.Faults(len(dataset), path, known)
+
+
+def batches(
+    dataset: Examples, *, seed: int, step: int, batch_size: int, steps: int, **reading: Any
+) -> Generator[dict[str, np.ndarray]]:
     """From `step` on and without end, what each call of `steps` steps is given: see `take`.
 
     index (steps, b) says which examples, in the order of `data.order`; image (steps, b, ...) comes with it where the
-    pictures are streamed, read ahead while the device works. Raises DataError for a picture that cannot be read.
+    pictures are streamed, read ahead while the device works: `reading` (ahead, workers, faults) is for `data.stream`.
+    Close it to end its workers. Raises DataError when too many pictures cannot be read.
     """
     if isinstance(dataset, data.Dataset):
+        sizes: Any = {"batch_size": batch_size, "num_examples": len(dataset), "skipped": dataset.skipped}
         while True:
-            yield {"index": data.orders(seed, step, steps, batch_size=batch_size, num_examples=len(dataset))}
+            yield {"index": data.orders(seed, step, steps, **sizes)}
             step += steps
-    stream = data.stream(dataset, seed=seed, batch_size=batch_size, step=step, ahead=2 * steps)
-    while True:
-        parts = [next(stream) for _ in range(steps)]
-        yield {"index": np.stack([index for index, _ in parts]), "image": np.stack([image for _, image in parts])}
+    with contextlib.closing(data.stream(dataset, seed=seed, batch_size=batch_size, step=step, **reading)) as stream:
+        while True:
+            parts = [next(stream) for _ in range(steps)]
+            yield {"index": np.stack([index for index, _ in parts]), "image": np.stack([image for _, image in parts])}
 
 
 def take(rows: dict[str, Array], batch: dict[str, Array]) -> dict[str, Array]:

@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Job:
         self.tokenizer = models.tokenizer_for(config, self.dataset.captions, directory)
         self.model = models.build(config, self.info, self.tokenizer)
         self.sampler = models.sampler(self.model, config.sample)
+        self.faults = inputs.faults(self.dataset, directory / "skipped_records.jsonl")
         self.rows = inputs.arrays(self.dataset, config.condition, self.tokenizer, config.text.max_len)
         self.key_init, self.key_train = jax.random.split(jax.random.key(config.seed))
         self.abstract = jax.eval_shape(self.init)
@@ -82,6 +83,7 @@ class Job:
             self.tokenizer.save(self.directory / "tokenizer.json")
         workdir.write_json(self.directory / "data.json", self.info)
         workdir.write_json(self.directory / "versions.json", workdir.versions())
+        self.faults.write()
 
     def describe(self) -> str:
         """One line about what is trained on what."""
@@ -220,7 +222,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
     while done < c.steps:
         try:
             batches = next(feed)
-        except DataError:  # a picture that cannot be read, found only now
+        except DataError:  # too many pictures that cannot be read, found only now
             if _trouble(unheard, ahead=0) is None:
                 saver.save(carry, done)
                 saver.wait(done)
@@ -235,6 +237,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
         end = _trouble(unheard, ahead=0 if stopping or any(_due(c, done).values()) else 1)
         if end is not None:
             carry, done, unheard = _go_back(job, carry["state"], end, saver), end, []
+            feed.close()
             feed, since = _feed(job, done, k), (time.perf_counter(), done)
         bar.update(done - bar.n)
         due = _due(c, done)
@@ -251,12 +254,14 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
             saver.save(carry, done, last=stopping or done == c.steps)
         if stopping:
             break
+    feed.close()
     return done
 
 
-def _feed(job: Job, done: int, steps: int) -> Iterator[dict[str, np.ndarray]]:
-    c = job.config
-    return inputs.batches(job.dataset, seed=c.seed, step=done, batch_size=c.train.batch_size, steps=steps)
+def _feed(job: Job, done: int, steps: int) -> Generator[dict[str, np.ndarray]]:
+    c, reading = job.config, {name: job.config.data[name] for name in ("ahead", "workers")}
+    sizes: Any = {"seed": c.seed, "batch_size": c.train.batch_size, "steps": steps}
+    return inputs.batches(job.dataset, step=done, **sizes, **reading, faults=job.faults)
 
 
 def _due(c: Config, done: int) -> dict[str, bool]:

@@ -139,20 +139,30 @@ def test_classes_are_drawn_and_exported(tiny, tmp_path, monkeypatch):
     np.testing.assert_allclose(names["samples"], wanted, atol=1e-4)
 
 
-def test_a_picture_that_breaks_later_costs_no_step(tiny, folder, tmp_path, monkeypatch):
+def test_pictures_that_break_later_cost_no_step(tiny, folder, tmp_path, monkeypatch):
     pytest.importorskip("grain", reason="needs jaxdiff[grain]")
-    batches = inputs.batches
+    batches, files = inputs.batches, sorted(folder.rglob("*.png"))
+    whole = [file.read_bytes() for file in files]
 
     def breaking(*args, **kwargs):
         yield next(batches(*args, **kwargs))
-        (folder / "bee" / "5.png").write_bytes(b"no picture")
+        for file in files[:5]:
+            file.write_bytes(b"no picture")
         yield from batches(*args, **kwargs)
 
-    monkeypatch.setattr(inputs, "batches", breaking)
-    argv = [*tiny, "--config.data.memory_gb=0", "--config.train.steps_per_call=1"]
-    with pytest.raises(DataError, match=r"5\.png cannot be read"):
-        job.run([*argv, f"--workdir={tmp_path / 'run'}"])
+    argv = [*tiny, "--config.data.memory_gb=0", "--config.train.steps_per_call=1", f"--workdir={tmp_path / 'run'}"]
+    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"5 of 7 records(.|\n)*0\.png cannot be read"):
+        patch.setattr(inputs, "batches", breaking)
+        job.run(argv)
     assert trained.load(tmp_path / "run").step == 1
+    listed = tmp_path / "run" / "skipped_records.jsonl"
+    assert sorted(json.loads(line)["record"] for line in listed.read_text().splitlines()) == [0, 1, 2, 3, 4]
+    with pytest.raises(DataError, match="5 of 7 records"):  # they are still bad
+        job.run(argv)
+    for file, content in zip(files[1:5], whole[1:5], strict=True):
+        file.write_bytes(content)
+    assert job.run(argv) == 0
+    assert [json.loads(line)["record"] for line in listed.read_text().splitlines()] == [0]
 
 
 def test_streaming_without_grain_says_what_to_type(folder, monkeypatch):

@@ -18,7 +18,9 @@ def base() -> Config:
                 # For folder: the directory; for tfds: its data_dir ('' = ~/tensorflow_datasets). Any config also takes
                 # a .npz or .npy file (images, labels, captions) or a directory of MNIST's IDX files here.
                 "path": "",
-                "memory_gb": 2.0,  # a folder whose pictures take more, decoded, is streamed by Grain
+                "memory_gb": 2.0,  # a folder whose pictures take more, decoded, is streamed by Grain:
+                "ahead": 16,  # so many batches ahead,
+                "workers": 0,  # by so many processes; 0 = by threads of this one. The batches are the same.
                 "size": 32,  # height and width
                 "flip": False,  # random left-right flips
             },

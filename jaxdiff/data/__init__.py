@@ -3,12 +3,14 @@
 from jaxdiff.data import augment
 from jaxdiff.data.batches import order, orders, stream
 from jaxdiff.data.dataset import Dataset
+from jaxdiff.data.faults import Faults, still_bad
 from jaxdiff.data.folders import ImageFolder, folder, open_folder
 from jaxdiff.data.image import decode, encode, grid, read_metadata, save_png
 from jaxdiff.data.sources import array_file, arrays, emoji, idx, swissroll, tfds
 
 __all__ = [
     "Dataset",
+    "Faults",
     "ImageFolder",
     "array_file",
     "arrays",
@@ -24,6 +26,7 @@ __all__ = [
     "orders",
     "read_metadata",
     "save_png",
+    "still_bad",
     "stream",
     "swissroll",
     "tfds",

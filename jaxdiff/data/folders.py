@@ -4,22 +4,42 @@
     folder/a/1.png            label "a"
 
 Every picture is turned upright, laid on white where it is transparent, cropped to its centre square and scaled.
+Palettes, CMYK and the other 8-bit kinds are converted as Pillow does; of 16 bits the upper 8 are kept, of an animation
+the first picture. Not read, and so skipped (see `faults`): pixels of 32 bits, whose range nobody states; more than
+MAX_PIXELS, which is asked of the header before anything is decoded; whatever is damaged, or of another format.
 """
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
 import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from jaxdiff.data import faults
 from jaxdiff.data.dataset import Dataset
 from jaxdiff.errors import ConfigError, DataError
 
+MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
+MAX_LINE = 2**20  # bytes of a line of metadata.jsonl
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow would hand others to programs such as Ghostscript
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_FIELDS = ("text", "caption", "name")
+# What Pillow raises for damaged pictures, by format and kind of damage (found by changing bytes at random).
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, EOFError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+# Errors of the system that are there the next time too; a machine that is short of something is no fault of the data.
+LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +60,11 @@ class ImageFolder:
     def __getitem__(self, index: int) -> np.ndarray:
         path = self.files[index]
         try:
-            with Image.open(path) as picture:
-                return fit(picture, self.size, self.channels)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"the picture {path} cannot be read: {error}. Repair or remove it.") from error
+            return _read(path, self.size, self.channels)
+        except UNREADABLE as error:
+            if getattr(error, "errno", None) in SHORT:
+                raise
+            raise DataError(f"the picture {path} cannot be read: {error!s:.300}. Repair or remove it.") from error
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,12 +77,21 @@ class ImageFolder:
         return len(self.label_names or ())
 
     def in_memory(self) -> Dataset:
-        """Decode everything once."""
-        images = np.empty((len(self), *self.shape), np.uint8)
+        """Decode everything once. Pictures that cannot be read are black and in `skipped`: see `faults`."""
+        images = np.zeros((len(self), *self.shape), np.uint8)
+        found = faults.Faults(len(self))
+
+        def decode(index: int) -> str | None:
+            try:
+                images[index] = self[index]
+            except DataError as error:
+                return str(error)
+
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(self.__getitem__, range(len(self)))):
-                images[i] = image
-        return Dataset(images, self.labels, self.label_names, self.captions, self.name)
+            for i, fault in enumerate(pool.map(decode, range(len(self)))):
+                if fault:
+                    found.add({i: fault})
+        return Dataset(images, self.labels, self.label_names, self.captions, self.name, found.found)
 
 
 def folder(path: str | os.PathLike, size: int, *, channels: int = 3) -> Dataset:
@@ -89,8 +119,17 @@ def open_folder(path: str | os.PathLike, size: int, *, channels: int = 3) -> Ima
 
 
 def fit(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
-    """A picture of any kind -> uint8 (size, size, channels): upright, on white, centre-cropped, scaled (Lanczos)."""
+    """A picture of any kind -> uint8 (size, size, channels): upright, on white, centre-cropped, scaled (Lanczos).
+
+    Raises DataError for one of more than MAX_PIXELS, or of 32-bit pixels.
+    """
+    if picture.width * picture.height > MAX_PIXELS:
+        raise DataError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}; scale it down")
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+        raise DataError(f"pixels of mode {picture.mode!r} have 32 bits and no known range; save it with 8")
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -101,22 +140,41 @@ def fit(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
     return np.asarray(square).reshape(size, size, channels)
 
 
+def _read(path: Path, size: int, channels: int) -> np.ndarray:
+    """Three times where the system and not the picture is at fault: a network drive may stumble."""
+    for pause in (0.1, 1.0, None):
+        try:
+            with Image.open(path, formats=FORMATS) as picture:
+                return fit(picture, size, channels)
+        except OSError as error:
+            if pause is None or error.errno in (None, *LASTING):
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last of three tries returns or raises")
+
+
 def _find(root: Path) -> list[Path]:
     found = (p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    inside = root.resolve()
+    paths = sorted(found, key=lambda p: p.relative_to(root).as_posix())
+    for path in paths:
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise DataError(
+                f"the link {path} leads out of the folder. Put the picture itself there: cp -rL makes copies."
+            )
+    return paths
 
 
 def _read_metadata(root: Path, metadata: Path) -> tuple[list[Path], tuple[str, ...] | None]:
     files, captions = [], []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{metadata} line {number}"
+    for where, line in _lines(metadata):
         try:
             row = json.loads(line)
-            name = str(row["file_name"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f'{where} must be a JSON object with "file_name": {error!r}.') from error
+            name = row["file_name"]
+            if not isinstance(name, str):
+                raise TypeError(f"file_name is {type(name).__name__}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f'{where} must be a JSON object with "file_name": {error!r:.200}.') from error
         files.append(_inside(root, name, where))
         captions.append(next((row[field] for field in CAPTION_FIELDS if isinstance(row.get(field), str)), None))
     missing = captions.count(None)
@@ -127,11 +185,30 @@ def _read_metadata(root: Path, metadata: Path) -> tuple[list[Path], tuple[str, .
     return files, tuple(captions)
 
 
+def _lines(metadata: Path) -> Iterator[tuple[str, str]]:
+    """(where, line) for each line that is not empty, none of them read whole before it is known to be short."""
+    with metadata.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), 1):
+            where = f"{metadata} line {number}"
+            if len(line) > MAX_LINE:
+                raise DataError(f"{where} is longer than {MAX_LINE:,} bytes. Shorten its caption.")
+            try:
+                text = line.decode("utf-8").strip()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{where} is not UTF-8: {error}. Save the file as UTF-8.") from error
+            if text:
+                yield where, text
+
+
 def _inside(root: Path, name: str, where: str) -> Path:
     path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    try:
+        inside, there = path.resolve().is_relative_to(root.resolve()), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, of bytes that no name has, a loop of links
+        raise DataError(f"{where}: the file name {name[:200]!r} cannot be used: {error!r:.200}.") from error
+    if not inside:
         raise DataError(f"{where}: the file name {name!r} leads out of the folder. Use paths inside it.")
-    if not path.is_file():
+    if not there:
         raise DataError(f"{where}: there is no file {path}.")
     return path
 

@@ -5,22 +5,19 @@ swissroll                               points, float32 (n, 2):  (a cos a, a sin
 """
 
 import difflib
-import gzip
 import importlib.resources
 import json
-import math
 import os
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from jaxdiff.data.dataset import Dataset
-from jaxdiff.data.folders import fit
+from jaxdiff.data import faults, files
+from jaxdiff.data.dataset import Dataset, not_finite
+from jaxdiff.data.folders import UNREADABLE, fit
 from jaxdiff.errors import ConfigError, DataError, UnsafeFileError
 
 
@@ -33,9 +30,9 @@ def emoji(size: int = 32) -> Dataset:
         raise ConfigError(
             f"the embedded emoji are 32 x 32: size must be 8, 16 or 32, got {size}. Use folder() for more."
         )
-    files = importlib.resources.files("jaxdiff.data") / "embedded"
-    content = json.loads((files / "emoji32.json").read_text(encoding="utf-8"))
-    with (files / "emoji32.webp").open("rb") as file:
+    embedded = importlib.resources.files("jaxdiff.data") / "embedded"
+    content = json.loads((embedded / "emoji32.json").read_text(encoding="utf-8"))
+    with (embedded / "emoji32.webp").open("rb") as file:
         sheet = np.asarray(Image.open(file).convert("RGB"))
     images = _tiles(sheet, 32)[: len(content["captions"])]
     factor = 32 // size
@@ -76,9 +73,9 @@ def tfds(
         raise DataError(f"{name!r} in {folder} is not in array_record files. Delete it. {how}") from error
     except ValueError as error:
         raise DataError(f"split {split!r} of {name!r}: {error}") from error
-    images, labels = _read_examples(source, size, "label" in features)
+    images, labels, skipped = _read_examples(source, size, "label" in features, name)
     label_names = tuple(features["label"].names) if labels is not None else None
-    return Dataset(images, labels, label_names, None, name)
+    return Dataset(images, labels, label_names, None, name, skipped)
 
 
 def _tfds_builder(name: str, folder: Path) -> Any:
@@ -102,22 +99,43 @@ def _how_to_prepare(name: str, folder: Path) -> str:
     return f"Prepare it once, where TensorFlow may be installed (reading needs none): {install} && {prepare}"
 
 
-def _read_examples(source: Any, size: int | None, with_labels: bool) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_examples(
+    source: Any, size: int | None, with_labels: bool, name: str
+) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
     images: np.ndarray | None = None
     labels = np.zeros(len(source), np.int32)
-    for start in range(0, len(source), 1000):
-        indices = range(start, min(start + 1000, len(source)))
-        for i, example in zip(indices, source.__getitems__(indices), strict=True):
-            image = example["image"] if size is None else fit(Image.fromarray(example["image"].squeeze()), size)
-            image = image[..., None] if image.ndim == 2 else image
-            images = np.empty((len(source), *image.shape), np.uint8) if images is None else images
-            if image.shape != images.shape[1:]:
-                raise DataError(f"the pictures differ in shape: {image.shape}, {images.shape[1:]}. Pass size=.")
-            images[i] = image
-            labels[i] = example["label"] if with_labels else 0
+    found = faults.Faults(len(source))
+    for i, example in _examples(source, name):
+        if isinstance(example, str):
+            found.add({i: example})
+            continue
+        image = example["image"] if size is None else fit(Image.fromarray(example["image"].squeeze()), size)
+        image = image[..., None] if image.ndim == 2 else image
+        images = np.zeros((len(source), *image.shape), np.uint8) if images is None else images
+        if image.shape != images.shape[1:]:
+            raise DataError(f"the pictures differ in shape: {image.shape}, {images.shape[1:]}. Pass size=.")
+        images[i] = image
+        labels[i] = example["label"] if with_labels else 0
     if images is None:
         raise DataError("the split is empty.")
-    return images, labels if with_labels else None
+    return images, labels if with_labels else None, found.found
+
+
+def _examples(source: Any, name: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Every example, read by the thousand; where one of them cannot be read, one by one, and what is wrong with it."""
+    for start in range(0, len(source), 1000):
+        indices = range(start, min(start + 1000, len(source)))
+        try:
+            yield from zip(indices, source.__getitems__(indices), strict=True)
+        except UNREADABLE:
+            yield from ((i, _example(source, i, name)) for i in indices)
+
+
+def _example(source: Any, index: int, name: str) -> dict[str, Any] | str:
+    try:
+        return source[index]
+    except UNREADABLE as error:
+        return f"record {index} of {name} cannot be read: {error!r:.300}"
 
 
 def arrays(
@@ -130,17 +148,27 @@ def arrays(
 ) -> Dataset:
     """Arrays of your own: `images` uint8 (n, h, w, c) or (n, h, w), or float32 (n, ...) taken as they are.
 
-    Raises DataError when lengths, types or values do not fit.
+    Examples that hold NaN or infinite values are in `skipped`: see `faults`. Raises DataError when lengths or types do
+    not fit, or too many examples are not finite.
     """
     images = np.asarray(images)
     images = images[..., None] if images.dtype == np.uint8 and images.ndim == 3 else images
-    if labels is not None:
-        labels = np.asarray(labels)
-        if labels.dtype.kind not in "iu":
-            raise DataError(f"labels must be integers, got {labels.dtype}.")
-        labels = labels.astype(np.int32)
+    if images.ndim == 0:
+        raise DataError(f"images must be an array of examples, got the single value {images}.")
+    found = faults.Faults(len(images))
+    found.add({i: f"example {i} of {name} holds NaN or infinite values." for i in not_finite(images)})
     texts = None if captions is None else tuple(str(caption) for caption in captions)
-    return Dataset(images, labels, None if label_names is None else tuple(label_names), texts, name)
+    names = None if label_names is None else tuple(label_names)
+    return Dataset(images, None if labels is None else _labels(labels), names, texts, name, found.found)
+
+
+def _labels(labels: Sequence[int] | np.ndarray) -> np.ndarray:
+    numbers = np.asarray(labels)
+    if numbers.dtype.kind not in "iu":
+        raise DataError(f"labels must be integers, got {numbers.dtype}.")
+    if numbers.size and not -(2**31) <= int(numbers.min()) <= int(numbers.max()) < 2**31:
+        raise DataError(f"labels must be below 2**31, got values from {numbers.min()} to {numbers.max()}.")
+    return numbers.astype(np.int32)
 
 
 def array_file(path: str | os.PathLike) -> Dataset:
@@ -151,19 +179,22 @@ def array_file(path: str | os.PathLike) -> Dataset:
     path = Path(path)
     if path.suffix not in (".npy", ".npz"):
         raise UnsafeFileError(f"refusing {path}: only .npy and .npz are read. Save with numpy.savez(path, images=...).")
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        parts = {"images": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}.") from error
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        if "pickle" in str(error).lower():
-            raise UnsafeFileError(f"refusing {path}: pickled arrays can run code. Save plain arrays.") from error
-        raise DataError(f"{path} is damaged: {error}") from error
+    parts = files.read_npz(path) if path.suffix == ".npz" else {"images": files.read_npy(path)}
     if "images" not in parts:
         raise DataError(f"{path} has no array 'images', only {sorted(parts)}.")
-    names = [str(label) for label in parts["label_names"]] if "label_names" in parts else None
-    return arrays(parts["images"], parts.get("labels"), parts.get("captions"), label_names=names, name=path.stem)
+    texts = {
+        key: _texts(parts[key], f"{key} of {path}") if key in parts else None for key in ("captions", "label_names")
+    }
+    return arrays(parts["images"], parts.get("labels"), **texts, name=path.stem)
+
+
+def _texts(values: np.ndarray, where: str) -> list[str]:
+    if values.ndim != 1:
+        raise DataError(f"{where} must be a list of texts, got shape {values.shape}.")
+    try:
+        return [str(value) for value in values]
+    except (ValueError, SystemError) as error:  # code points that Unicode does not have
+        raise DataError(f"{where} are damaged: {error}") from error
 
 
 def idx(path: str | os.PathLike, split: str = "train") -> Dataset:
@@ -174,26 +205,9 @@ def idx(path: str | os.PathLike, split: str = "train") -> Dataset:
     prefixes = {"train": "train", "test": "t10k"}
     if split not in prefixes:
         raise ConfigError(f"split must be one of {sorted(prefixes)}, got {split!r}.")
-    images = _read_idx(Path(path), f"{prefixes[split]}-images-idx3-ubyte")
-    labels = _read_idx(Path(path), f"{prefixes[split]}-labels-idx1-ubyte")
+    images = files.read_idx(Path(path), f"{prefixes[split]}-images-idx3-ubyte")
+    labels = files.read_idx(Path(path), f"{prefixes[split]}-labels-idx1-ubyte")
     return arrays(images, labels, name=Path(path).name)
-
-
-def _read_idx(folder: Path, name: str) -> np.ndarray:
-    """IDX: bytes 0, 0, type (8 = uint8), rank, then big-endian sizes, then the values."""
-    plain, packed = folder / name, folder / f"{name}.gz"
-    try:
-        content = gzip.decompress(packed.read_bytes()) if packed.exists() else plain.read_bytes()
-    except FileNotFoundError as error:
-        raise DataError(f"there is neither {plain} nor {packed.name} beside it.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{packed if packed.exists() else plain} cannot be read: {error}") from error
-    rank = content[3] if len(content) > 3 else 0
-    shape = tuple(int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(rank))
-    body = content[4 + 4 * rank :]
-    if content[:3] != b"\0\0\x08" or len(content) < 4 + 4 * rank or len(body) != math.prod(shape):
-        raise DataError(f"{plain} is damaged or is not an IDX file of bytes.")
-    return np.frombuffer(body, np.uint8).reshape(shape)
 
 
 def swissroll(count: int = 10_000, seed: int = 0, *, noise: float = 0.02) -> Dataset:

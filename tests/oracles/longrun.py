@@ -1,0 +1,258 @@
+"""The promises of long runs, tried on real processes of `python -m experiments.train`, seen from outside.
+
+    python -m tests.oracles.longrun                       about half an hour
+    python -m tests.oracles.longrun --steps=500 --bits=20 --orphans=1
+
+bits     200 steps in fresh processes, with 0, 1 and 2 data workers and 1, 4 and 16 batches read ahead, one of them with
+         a worker killed on the way: the log and every leaf of the last checkpoint have the same bits
+steady   10,000 steps for each of 0 and 2 workers: the training step is compiled once and nothing after the first steps;
+         resident memory, threads and file descriptors stay where they were after a tenth of the steps
+orphans  kill -9 of a run with two workers at a random instant: 5 s later none of its processes is there
+
+The toy is a folder of 8 x 8 pictures, one of them damaged, streamed by Grain.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.oracles import reliability
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from ml_collections import ConfigDict
+from experiments.configs import folder
+
+def get_config():
+    c = folder.get_config()
+    c.net = ConfigDict({"name": "dit", "patch_size": 4, "width": 8, "depth": 1, "heads": 1})
+    c.condition, c.data.size, c.data.memory_gb = "label", 8, 0.0
+    c.train.batch_size, c.train.steps_per_call, c.train.sample_every = 8, 5, 0
+    c.train.log_every, c.train.checkpoint_every = 10, 100
+    c.sample.num = c.sample.steps = 1
+    return c
+"""
+
+
+def pictures(root: Path, count: int = 300) -> list[str]:
+    """Write the toy, and return the arguments of a training on it."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        path = root / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:80])
+    (root / "toy.py").write_text(CONFIG)
+    return [f"--config={root / 'toy.py'}", f"--config.data.path={root / 'pictures'}"]
+
+
+def start(arguments: list[str], directory: Path) -> subprocess.Popen:
+    """A training of its own; what it says goes beside its workdir."""
+    settings = {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1", "JAX_LOG_COMPILES": "1", "PYTHONPATH": str(ROOT)}
+    settings |= {"JAX_COMPILATION_CACHE_DIR": str(directory.parent / "cache")}
+    command = [sys.executable, "-m", "experiments.train", *arguments, f"--workdir={directory}"]
+    with directory.with_suffix(".txt").open("w") as out:
+        return subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | settings, cwd=directory.parent)
+
+
+def said(directory: Path) -> str:
+    """What the run of `directory` has printed."""
+    return directory.with_suffix(".txt").read_text(errors="replace")
+
+
+def logged(directory: Path) -> int:
+    """The last step in its log."""
+    log = directory / "metrics.jsonl"
+    lines = log.read_bytes().split(b"\n") if log.exists() else []
+    return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
+
+
+def processes() -> dict[int, tuple[int, str]]:
+    """The parent and the command of every process that runs."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[:2]
+            if state != "Z":
+                found[int(folder.name)] = int(parent), (folder / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
+def family(pid: int) -> set[int]:
+    """The processes below `pid`, at any depth."""
+    everyone, found, new = processes(), set(), {pid}
+    while new:
+        new = {child for child, (parent, _) in everyone.items() if parent in new}
+        found |= new
+    return found
+
+
+def workers(pid: int) -> list[int]:
+    """The data workers of the process `pid`."""
+    return [child for child, (parent, words) in processes().items() if parent == pid and "spawn_main" in words]
+
+
+def finish(run: subprocess.Popen, directory: Path) -> None:
+    """Wait for a run that should succeed."""
+    if run.wait():
+        raise RuntimeError(f"{directory.name} ended with {run.returncode}:\n{said(directory)[-3000:]}")
+
+
+def result(directory: Path) -> tuple[bytes, str]:
+    """The log, and a digest of the last checkpoint's leaves."""
+    return (directory / "metrics.jsonl").read_bytes(), reliability.digest(directory)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the pictures of a run are read."""
+
+    workers: int
+    ahead: int
+    killed: bool = False
+
+    @property
+    def arguments(self) -> list[str]:
+        return [f"--config.data.workers={self.workers}", f"--config.data.ahead={self.ahead}"]
+
+
+READINGS = [Reading(0, 16), Reading(0, 1), Reading(1, 4), Reading(2, 1), Reading(2, 16), Reading(2, 4, killed=True)]
+
+
+def same_bits(root: Path, toy: list[str], steps: int, readings: list[Reading]) -> bool:
+    """Whether all readings end in the same bits."""
+    found = collections.defaultdict(list)
+    for i, reading in enumerate(readings):
+        directory = root / f"bits{i}"
+        run = start([*toy, *reading.arguments, f"--config.train.steps={steps}"], directory)
+        while reading.killed and run.poll() is None:
+            if logged(directory) >= steps // 4 and workers(run.pid):
+                os.kill(workers(run.pid)[0], signal.SIGKILL)
+                break
+            time.sleep(0.001)
+        finish(run, directory)
+        if reading.killed and "started again" not in said(directory):
+            print("note: the worker was killed too late to be missed")
+        found[result(directory)].append(reading)
+    print(f"bits: {len(readings)} runs of {steps} steps end in {len(found)} result(s):")
+    print(*found.values(), sep="\n", flush=True)
+    return len(found) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What /proc says of a process."""
+
+    step: int
+    resident: float  # MiB
+    threads: int
+    files: int
+
+
+def sample(pid: int, directory: Path) -> Sample | None:
+    """Look at a run; None when it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        files = len(os.listdir(f"/proc/{pid}/fd"))
+        resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+        return Sample(logged(directory), resident, int(re.search(r"Threads:\s+(\d+)", status)[1]), files)
+    except (OSError, TypeError):
+        return None
+
+
+def steady(root: Path, toy: list[str], steps: int, count: int) -> bool:
+    """Whether a long run with `count` workers stays as it is after its first tenth."""
+    directory, samples = root / f"steady{count}", []
+    every = [f"--config.train.{name}={max(10, steps // 20)}" for name in ("log_every", "checkpoint_every")]
+    run = start([*toy, *every, f"--config.train.steps={steps}", f"--config.data.workers={count}"], directory)
+    began, warm = time.monotonic(), None
+    while (now := sample(run.pid, directory)) and run.poll() is None:
+        samples.append(now)
+        if warm is None and now.step >= steps // 10:
+            warm = len(compiled(directory))
+        time.sleep(0.2)
+    finish(run, directory)
+    took = time.monotonic() - began
+    samples = [one for one in samples if steps // 10 <= one.step < steps]
+    return report(directory, samples, warm or 0, f"{steps} steps, {count} workers, {took:.0f} s")
+
+
+def compiled(directory: Path) -> list[str]:
+    """The names of the programs that a run has compiled, in their order."""
+    return re.findall(r"Finished XLA compilation of (?:jit\()?([\w<>.]+)", said(directory))
+
+
+def report(directory: Path, samples: list[Sample], warm: int, name: str) -> bool:
+    """Print what a long run used; returns whether it was steady."""
+    names = compiled(directory)
+    resident = [one.resident for one in samples]
+    passed = True
+    first, last = samples[: len(samples) // 5], samples[-len(samples) // 5 :]
+    print(f"steady: {name}; {len(samples)} looks after the first tenth")
+    print(f"  resident memory {min(resident):.1f} to {max(resident):.1f} MiB")
+    passed &= max(resident) - min(resident) <= 32
+    for what in ("threads", "files"):
+        counts = [collections.Counter(getattr(one, what) for one in part) for part in (first, last)]
+        usual = [count.most_common(1)[0][0] for count in counts]
+        print(f"  {what}: {usual[0]} at first, {usual[1]} at last; {sorted(counts[0] | counts[1])}")
+        passed &= usual[0] == usual[1]
+    print(f"  programs compiled: {len(names)}, the step {names.count('step')} time(s); later ones: {names[warm:]}")
+    sys.stdout.flush()
+    return passed and names.count("step") == 1
+
+
+def orphans(root: Path, toy: list[str], trials: int, rng: np.random.Generator) -> bool:
+    """Whether nothing is left of a run 5 s after it was killed."""
+    left = []
+    for i in range(trials):
+        directory = root / f"orphans{i}"
+        run = start([*toy, "--config.data.workers=2", "--config.train.steps=100000"], directory)
+        while not workers(run.pid) and run.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 6))  # from workers that are still importing to a run under way
+        below = family(run.pid)
+        run.kill()
+        run.wait()
+        time.sleep(5)
+        left += [pid for pid in below if pid in processes()]
+        print(f"orphans: killed after step {logged(directory)}, {len(below)} processes below it, {len(left)} left")
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    return not left
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=10_000, help="of the steady runs; 0 = none")
+    parser.add_argument("--bits", type=int, default=200, help="steps of the runs that are compared; 0 = none")
+    parser.add_argument("--readings", type=int, default=len(READINGS), help="how many of them")
+    parser.add_argument("--orphans", type=int, default=10, help="runs that are killed")
+    args = parser.parse_args()
+    passed = True
+    with tempfile.TemporaryDirectory() as folder:
+        toy = pictures(Path(folder))
+        if args.bits:
+            passed &= same_bits(Path(folder), toy, args.bits, READINGS[-args.readings :])
+        passed &= orphans(Path(folder), toy, args.orphans, np.random.default_rng(0))
+        for count in (0, 2) if args.steps else ():
+            passed &= steady(Path(folder), toy, args.steps, count)
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
