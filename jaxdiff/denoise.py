@@ -29,15 +29,25 @@ class LearnedRange(NamedTuple):
     fraction: Array
 
 
+class LearnedVariance(NamedTuple):
+    """A denoiser's answer where the network predicts the log-variance of q(x_s | x_t) itself, for its own chain's s.
+
+    Nichol & Dhariwal 2021, sec. 3.1, prefer a `LearnedRange`, which also belongs to longer steps.
+    """
+
+    x0: Array
+    log_variance: Array
+
+
 def estimate(answer: Any) -> Array:
-    """The x0 of a denoiser's answer, an array or a `LearnedRange`."""
-    return answer.x0 if isinstance(answer, LearnedRange) else answer
+    """The x0 of a denoiser's answer: an array, a `LearnedRange` or a `LearnedVariance`."""
+    return answer.x0 if isinstance(answer, LearnedRange | LearnedVariance) else answer
 
 
 def map_x0(function: Callable[..., Array], *answers: Any) -> Any:
     """`function` of the x0 of denoisers' answers; a learned variance stays that of the first of them."""
     x0 = function(*map(estimate, answers))
-    return LearnedRange(x0, answers[0].fraction) if isinstance(answers[0], LearnedRange) else x0
+    return answers[0]._replace(x0=x0) if isinstance(answers[0], LearnedRange | LearnedVariance) else x0
 
 
 def time_t(schedule: Schedule, t: Array) -> Array:
@@ -97,19 +107,26 @@ def from_net(
     time_input: TimeInput = time_t,
     scale_input: TimeInput | None = None,
     learned_range: bool = False,
+    learned: bool = False,
 ) -> Denoiser:
     """The denoiser D(x_t, t) -> x0 of a network that outputs `target`; computes in float32, returns x_t.dtype.
 
-    `time_input` and `scale_input` must be those it was trained with. With `learned_range` the network has twice the
-    channels, the second half a variance, and the denoiser returns a `LearnedRange`.
-    Raises ConfigError if the network's output does not have the shape of x_t (or twice its channels).
+    `time_input` and `scale_input` must be those it was trained with. With `learned_range` or `learned` the network has
+    twice the channels: the second half is 2 fraction - 1 of a `LearnedRange`, or the logarithm of a `LearnedVariance`,
+    which the denoiser returns. Raises ConfigError for both at once, and if the network's output does not have the shape
+    of x_t (or twice its channels).
     """
+    if learned_range and learned:
+        raise ConfigError("give learned_range=True or learned=True, got both: a network has one variance.")
 
-    def denoise(x_t: Array, t: Array) -> Array | LearnedRange:
+    def denoise(x_t: Array, t: Array) -> Array | LearnedRange | LearnedVariance:
         raw = call_net(net, x_t, t, schedule=schedule, time_input=time_input, scale_input=scale_input)
-        value, variance = split_variance(raw, x_t) if learned_range else (check_output(raw, x_t), None)
+        value, variance = split_variance(raw, x_t) if learned_range or learned else (check_output(raw, x_t), None)
         x0 = targets.decode(target, schedule, x_t, value, t)[0].astype(x_t.dtype)
-        return x0 if variance is None else LearnedRange(x0, ((variance + 1) / 2).astype(x_t.dtype))
+        if variance is None:
+            return x0
+        variance = variance.astype(x_t.dtype)
+        return LearnedVariance(x0, variance) if learned else LearnedRange(x0, (variance + 1) / 2)
 
     return denoise  # pyright: ignore[reportReturnType]
 

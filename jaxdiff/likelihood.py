@@ -34,7 +34,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jaxdiff.denoise import LearnedRange, estimate
+from jaxdiff.denoise import LearnedRange, LearnedVariance, estimate
 from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.loss.bound import as_data, bits, decoder_nll, posterior_kl, prior_term, variance_range
 from jaxdiff.process import example_keys, fold_keys, normal, q_sample, split_keys
@@ -199,13 +199,13 @@ def bits_per_dim_bound(
     """The bound on -log2 p(x0) per dimension of the chain over `times`, one random x_t at each; x0 in [-1, 1].
 
     DDPM's own chain is times = np.linspace(1, 0, T + 1). `fraction` chooses the variance: 0 is the fixed small one, 1
-    the fixed large; a denoiser that returns a `LearnedRange` brings its own, in the decoder too. `decoder` is
-    `eight_bit`, or `density` for data without bins. Keys, times and errors as for `sample`.
+    the fixed large; a denoiser that returns a `LearnedRange` or `LearnedVariance` brings its own, in the decoder too.
+    `decoder` is `eight_bit`, or `density` for data without bins. Keys, times and errors as for `sample`.
     """
 
     def cost(x0: Array, x_t: Array, row: tuple[Array, Array, Array], answer: Any) -> Array:
         _, t, s = row
-        part = _fraction(answer, fraction)
+        part = _fraction(schedule, answer, fraction, t, s)
         return bits(posterior_kl(schedule, x0, x_t, t, s, estimate(answer), fraction=part)[0])
 
     return _bound(key, denoise, x0, times, schedule, decoder, lambda keys, t, s: t, cost)
@@ -267,12 +267,15 @@ def _bound(
 def _decode(schedule: Schedule, decoder: Decoder, x0: Array, answer: Any, t: Array, s: Array) -> Array:
     """-log2 p(x0 | x_t) per dimension; where sigma_s > 0 (VE) the variance is (sigma_t / alpha_t)^2."""
     small, large = variance_range(schedule, t, s)
-    part = _fraction(answer, decoder.fraction)
+    part = _fraction(schedule, answer, decoder.fraction, t, s)
     log_variance = jnp.where(schedule.sigma(s) > 0, -schedule.logsnr(t), small + part * (large - small))
     return bits(decoder.nll(x0, estimate(answer), jnp.broadcast_to(log_variance / 2, x0.shape)))
 
 
-def _fraction(answer: Any, fixed: float) -> Any:
+def _fraction(schedule: Schedule, answer: Any, fixed: float, t: Array, s: Array) -> Any:
+    if isinstance(answer, LearnedVariance):
+        small, large = variance_range(schedule, t, s)
+        return (answer.log_variance - small) / (large - small)
     return answer.fraction if isinstance(answer, LearnedRange) else fixed
 
 

@@ -57,7 +57,9 @@ class Solver(NamedTuple):
     """A reverse-time solver: `memory = init(x)`, then `x, memory = step(key, denoise, x, t, s, memory)` for each t > s.
 
     `key` is a batch of keys, one per example. `t` and `s` are scalars. `memory` is a pytree of fixed shapes.
+    `upward`: whether its steps go from data to noise instead, s > t (see `sample.invert`).
     """
 
     init: Callable[[Array], PyTree]
     step: Callable[[Key, Denoiser, Array, Array, Array, PyTree], tuple[Array, PyTree]]
+    upward: bool = False

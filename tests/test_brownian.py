@@ -57,15 +57,24 @@ def test_draws_are_normal_in_float32_where_steps_are_short():
 
 
 def test_an_example_has_its_own_path_at_any_place_of_any_batch():
-    keys = jax.random.split(jax.random.key(2), 3)
+    keys, times = jax.random.split(jax.random.key(2), 3), (jnp.float32(0.6), jnp.float32(0.5))
+    of_steps = lambda count: jax.random.split(jax.random.key(9), count)  # noqa: E731
     draw = lambda keys: np.asarray(  # noqa: E731
-        solver.brownian_path(keys, USED)(keys, jnp.zeros((len(keys), 2)), jnp.float32(0.6), jnp.float32(0.5))
+        solver.brownian_path(keys, USED)(of_steps(len(keys)), jnp.zeros((len(keys), 2)), *times)
     )
     three, one = draw(keys), draw(keys[1:2])
     np.testing.assert_array_equal(three[1:2], one)
     assert len(np.unique(three)) == 6
     single = solver.brownian_path(jax.random.key(2), USED)
-    assert single(keys, jnp.zeros((3, 2)), jnp.float32(0.6), jnp.float32(0.5)).shape == (3, 2)
+    assert single(of_steps(3), jnp.zeros((3, 2)), *times).shape == (3, 2)
+
+
+@pytest.mark.parametrize("s", [0.6, 0.7])
+def test_noise_that_is_not_for_a_step_down_is_fresh(s):
+    path, x = solver.brownian_path(jax.random.key(2), USED), jnp.zeros((3, 2))
+    of_step, again = (jax.random.split(jax.random.key(9), 3) for _ in range(2))
+    out = path(of_step, x, jnp.float32(0.6), jnp.float32(s))
+    np.testing.assert_array_equal(out, solver.fresh(again, x, jnp.float32(0.6), jnp.float32(s)))
 
 
 def ends(make, noise, counts, denoise):

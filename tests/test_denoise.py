@@ -1,5 +1,7 @@
 """The seam: a network that outputs the exact value of any target becomes the exact posterior mean."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,24 +95,30 @@ def test_the_net_sees_float32_and_a_batch_of_times_and_the_dtype_comes_back():
     assert set(seen) == {(jnp.dtype("float32"), (3,))}
 
 
-def test_learned_range():
-    x = jnp.ones((2, 4, 3))
-    denoise = jd.denoise.from_net(
+def test_learned_variances():
+    x = jnp.ones((2, 4, 3), jnp.bfloat16)
+    make = partial(
+        jd.denoise.from_net,
         lambda x, t: jnp.concatenate([2 * x, -x], -1),
         schedule=jd.schedule.cosine(),
         target=jd.target.x0,
-        learned_range=True,
     )
-    answer = denoise(x, jnp.float32(0.5))
-    assert isinstance(answer, jd.denoise.LearnedRange)
-    np.testing.assert_allclose(answer.x0, 2.0)
-    np.testing.assert_allclose(answer.fraction, 0.0)
+    ranged, direct = make(learned_range=True)(x, jnp.float32(0.5)), make(learned=True)(x, jnp.float32(0.5))
+    assert isinstance(ranged, jd.denoise.LearnedRange)
+    assert isinstance(direct, jd.denoise.LearnedVariance)
+    np.testing.assert_allclose(ranged.fraction, 0.0)
+    np.testing.assert_allclose(direct.log_variance, -1.0)
+    for answer in (ranged, direct):
+        np.testing.assert_allclose(answer.x0, 2.0)
+        assert {leaf.dtype for leaf in answer} == {x.dtype}
+    with pytest.raises(ConfigError, match="got both"):
+        make(learned_range=True, learned=True)
 
 
-@pytest.mark.parametrize("learned_range", [False, True])
-def test_a_wrong_output_shape_is_refused(learned_range):
+@pytest.mark.parametrize("settings", [{}, {"learned_range": True}, {"learned": True}])
+def test_a_wrong_output_shape_is_refused(settings):
     denoise = jd.denoise.from_net(
-        lambda x, t: x[..., :1], schedule=jd.schedule.cosine(), target=jd.target.x0, learned_range=learned_range
+        lambda x, t: x[..., :1], schedule=jd.schedule.cosine(), target=jd.target.x0, **settings
     )
     with pytest.raises(ConfigError, match=r"got \(2, 1\)"):
         denoise(jnp.ones((2, 3)), jnp.float32(0.5))

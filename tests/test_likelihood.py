@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxdiff as jd
 from jaxdiff import likelihood, sample
-from jaxdiff.denoise import LearnedRange
+from jaxdiff.denoise import LearnedRange, LearnedVariance
 from jaxdiff.errors import ConfigError
 from tests.oracles.gaussian import Gaussian, Mixture
 from tests.oracles.likelihood import Levels, Steps, draw, entropy, few_levels, quantised_normal
@@ -304,11 +304,15 @@ def test_the_true_variance_makes_the_bound_exact_at_any_number_of_steps():
         fraction = (jnp.log(data.reverse(x, t, s)[1]) - small) / (large - small)
         return LearnedRange(data.denoise(x, t), fraction)
 
+    def direct(x, t):
+        return LearnedVariance(data.denoise(x, t), jnp.log(data.reverse(x, t, jnp.round(t * T - 1) / T)[1]))
+
     def run(x0, denoise):
         settings = {"schedule": COSINE, "decoder": likelihood.density}
         return likelihood.bits_per_dim_bound(key(2), denoise, x0, times, **settings).total
 
-    learned, fixed = jax.jit(lambda x0: (run(x0, denoise), run(x0, data.denoise)))(x0)
+    learned, same, fixed = jax.jit(lambda x0: [run(x0, d) for d in (denoise, direct, data.denoise)])(x0)
+    np.testing.assert_allclose(same, learned, rtol=1e-4, atol=1e-4)
     truth = -data.log_prob(x0, jnp.float32(0)) / d / math.log(2)
     assert abs(np.mean(learned - truth)) < 3 * np.std(learned - truth) / math.sqrt(b) < 0.02
     assert np.mean(fixed - truth) > 0.1

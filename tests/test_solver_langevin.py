@@ -35,7 +35,7 @@ def test_annealed_langevin_has_the_variance_of_algorithm_1(used):
         for _ in range(moves):
             variance = (1 - delta / (2 * total)) ** 2 * variance + delta
     variance *= (alpha[-2] * VARIANCE / (alpha[-2] ** 2 * VARIANCE + sigma[-2] ** 2)) ** 2
-    law = exact_laws(solver.annealed_langevin(used, step_size=r, moves=moves), used, [times], draws=12 * moves)[0]
+    law = exact_laws(solver.annealed_langevin(used, step_size=r, num_moves=moves), used, [times], draws=12 * moves)[0]
     assert law.variance == pytest.approx(variance, rel=1e-9)
 
 
@@ -71,14 +71,14 @@ def test_predictor_corrector_is_the_predictor_and_then_moves():
         for _ in range(moves):
             e = 2 * (snr * b) ** 2
             variance = (1 - e / (VARIANCE + b**2)) ** 2 * variance + 2 * e
-    make = solver.predictor_corrector(used, solver.ddim(used), snr=snr, moves=moves)
+    make = solver.predictor_corrector(used, solver.ddim(used), snr=snr, num_moves=moves)
     assert exact_laws(make, used, [times], draws=12)[0].variance == pytest.approx(variance, rel=1e-9)
 
 
 def test_the_corrector_repairs_a_coarse_predictor():
     used, grid = schedule.cosine(), [smooth_grid(schedule.cosine(), 30)]
     alone = law_errors(solver.ddim(used), used, grid)[0].variance
-    with_moves = solver.predictor_corrector(used, solver.ddim(used), snr=0.2, moves=4)
+    with_moves = solver.predictor_corrector(used, solver.ddim(used), snr=0.2, num_moves=4)
     assert law_errors(with_moves, used, grid, draws=120)[0].variance < 0.6 * alone
 
 
@@ -161,7 +161,7 @@ def test_sa_solver_is_of_order_two_in_law_at_least(tau, num_steps):
     [
         (lambda used: solver.annealed_langevin(used, step_size=0.0), "step_size must.*0.0"),
         (lambda used: solver.annealed_langevin(used, step_size=2.5), "step_size must.*2.5"),
-        (lambda used: solver.annealed_langevin(used, moves=0), "moves must.*0"),
+        (lambda used: solver.annealed_langevin(used, num_moves=0), "num_moves must.*0"),
         (lambda used: solver.predictor_corrector(used, solver.ddim(used), snr=1.0), "snr"),
         (lambda used: solver.predictor_corrector(used, solver.ddim(used), snr=-0.1), "snr"),
         (lambda used: solver.restart(used, solver.heun(used), sigma_range=(1.0, 0.5)), "low < high"),

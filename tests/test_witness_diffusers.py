@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from jaxdiff import schedule, solver
-from jaxdiff.denoise import LearnedRange
+from jaxdiff.denoise import LearnedRange, LearnedVariance
 from tests.oracles import witness
 
 torch = witness.torch
@@ -184,10 +184,16 @@ def test_the_comparison_sees_a_thousandth_of_the_noise(monkeypatch):
         compare(theirs("DDIM", clip_sample=False)(), 10, make, VP, "vp", monkeypatch=monkeypatch, eta=1.0)
 
 
-def test_ddpm_with_a_learned_variance(monkeypatch):
-    scheduler = theirs("DDPM", clip_sample=False, variance_type="learned_range")()
-    make = lambda used: solver.ddpm(used, variance="learned_range", noise=witness.our_noise(used))  # noqa: E731
-    answer = lambda x0: LearnedRange(x0, (witness.learned(x0, jnp) + 1) / 2)  # noqa: E731
+@pytest.mark.parametrize(
+    ("variance", "answer"),
+    [
+        ("learned_range", lambda x0: LearnedRange(x0, (witness.learned(x0, jnp) + 1) / 2)),
+        ("learned", lambda x0: LearnedVariance(x0, witness.learned(x0, jnp))),  # theirs is told the variance itself
+    ],
+)
+def test_ddpm_with_a_learned_variance(variance, answer, monkeypatch):
+    scheduler = theirs("DDPM", clip_sample=False, variance_type=variance)()
+    make = lambda used: solver.ddpm(used, variance=variance, noise=witness.our_noise(used))  # noqa: E731
     compare(scheduler, 10, make, VP, "vp", monkeypatch=monkeypatch, answer=answer)
 
 

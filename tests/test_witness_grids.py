@@ -1,6 +1,7 @@
 """Second witness: diffusers' time grids against ours, and inversion. Theirs are often rounded to integer timesteps."""
 
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ diffusers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # theirs, with NumPy 2
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+DATA = np.asarray(witness.MEANS)[[0, 0, 1, 2]] + 0.2 * np.random.default_rng(0).standard_normal((4, 2))
 VP, FLOW = schedule.scaled_linear(), schedule.rectified_flow()
 
 
@@ -110,13 +112,20 @@ def test_zero_terminal_snr_is_the_same():
     np.testing.assert_allclose(kept, theirs.alphas_cumprod.numpy(), atol=2e-6)
 
 
-def test_ddim_inversion_is_the_same():
+def test_ddim_inversion_comes_back_with_order_two_and_theirs_with_order_one():
+    # Song et al. 2021, sec. 4.3: there and back again. Theirs asks the network at (x_t, s), as if x_t were x_s.
     theirs = diffusers.DDIMInverseScheduler(**SD, clip_sample=False)
-    theirs.set_timesteps(20)
-    end = witness.theirs(theirs, space="vp")[-1]
-    times = np.append((theirs.timesteps.numpy()[::-1] + 1) / 1000, 0.0)  # up from clean data
-    data = Mixture(VP, witness.WEIGHTS, witness.MEANS, witness.VARIANCES)
-    ours = jax.jit(lambda x: sample.invert(data.denoise, x, times, solver.ddim_inversion(VP)))(
-        jnp.asarray(witness.START)
-    )
-    np.testing.assert_allclose(ours, end, atol=1e-5)
+    data, x0 = Mixture(VP, witness.WEIGHTS, witness.MEANS, witness.VARIANCES), jnp.asarray(DATA, jnp.float32)
+    errors = []
+    for num_steps in (125, 500):
+        theirs.set_timesteps(num_steps)
+        times = np.append((theirs.timesteps.numpy()[::-1] + 1) / 1000, 0.0)
+        with mock.patch.object(witness, "START", DATA):
+            above = jnp.asarray(witness.theirs(theirs, space="vp")[-1], jnp.float32)
+        latents = sample.invert(data.denoise, x0, times, solver.ddim_inversion(VP)), above
+        down = jax.jit(lambda x, times: sample.sample(jax.random.key(0), data.denoise, x, times, solver.ddim(VP)))
+        errors.append([float(jnp.sqrt(jnp.square(down(x, times) - x0).mean())) for x in latents])
+    ours, others = np.log2(np.divide(*errors)) / 2
+    assert ours > 1.5  # from t = 0, where sigma starts like sqrt(t)
+    assert others < 1.1
+    assert 3 * errors[0][0] < errors[0][1]

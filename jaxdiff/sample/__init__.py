@@ -84,9 +84,10 @@ def sample(
 
 
 def invert(denoise: Denoiser, x: Array, times: Any, solver: Solver, *, callback: Callback | None = None) -> Array:
-    """Run a deterministic solver, e.g. `solver.ddim_inversion`, from data up to noise, over the `times` of `sample`.
+    """Run `solver.ddim_inversion(schedule)` from data up to noise, over the `times` of `sample`.
 
-    x: (b, ...) at times[-1]. Returns the noise at times[0] from which `sample` leads back to x. Raises as `sample`.
+    x: (b, ...) at times[-1]. Returns the noise at times[0] from which `sample` leads back to x. Raises as `sample`, and
+    ConfigError for a solver that is not `upward`: from data, where there is no eps yet, the others lose a step.
     """
     return _run(jax.random.key(0), denoise, x, times, solver, -1, False, callback)
 
@@ -127,6 +128,12 @@ def _run(
         )
     if callable(solver):
         raise ConfigError(f"solver is the function {solver!r}: call it with the schedule, as solver.ddim(schedule).")
+    if solver.upward != (direction < 0):
+        raise ConfigError(
+            "this solver goes from data up to noise: use it with sample.invert."
+            if solver.upward
+            else "this solver goes from noise down to data. To invert, use solver.ddim_inversion(schedule)."
+        )
     times = check_times(times, x.dtype)[::direction]
     keys = process.example_keys(key, x.shape[0])
     denoise = checked(denoise)

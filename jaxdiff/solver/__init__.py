@@ -91,7 +91,7 @@ ALL: dict[str, Callable[[Schedule], Solver]] = {
     "dpmpp_sde": dpmpp_sde,
     "sa_solver": sa_solver,
     "predictor_corrector": lambda schedule: predictor_corrector(schedule, ddim(schedule, eta=1.0)),
-    "annealed_langevin": partial(annealed_langevin, step_size=0.5, moves=10),
+    "annealed_langevin": partial(annealed_langevin, step_size=0.5, num_moves=10),
     "restart": lambda schedule: restart(schedule, heun(schedule), sigma_range=(0.8, 2.5)),
 }
 """Every solver that `sample` takes, by name. The oracle tests judge whatever is listed: by its order, or by moments."""

@@ -9,36 +9,38 @@ What is called Euler ancestral is such a step too: down to a lower noise level, 
     k   = rho_down / rho_s,   rho = sigma / alpha        euler_ancestral_rf; the level down is set on straight lines
 """
 
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 
 from jaxdiff import process
-from jaxdiff.denoise import LearnedRange, estimate
+from jaxdiff.denoise import LearnedRange, LearnedVariance, estimate
 from jaxdiff.errors import ConfigError
 from jaxdiff.solver.base import fresh, lost_snr, mix, no_memory, predict
 from jaxdiff.types import Array, Denoiser, Key, Noise, PyTree, Schedule, Solver
 
-_VARIANCES = {"fixed_small": 0.0, "fixed_large": 1.0, "learned_range": None}
+_ANSWERS = {"fixed_small": None, "fixed_large": None, "learned": LearnedVariance, "learned_range": LearnedRange}
 
 
 def ddpm(schedule: Schedule, *, variance: str = "fixed_small", noise: Noise = fresh) -> Solver:
     """Ancestral sampling (Ho et al. 2020, Algorithm 2) over any pair of times.
 
     `variance`: "fixed_small" is that of q(x_s | x_t, x0), "fixed_large" is var_ts (beta_t on DDPM's own grid),
-    "learned_range" needs a denoiser that returns `denoise.LearnedRange`. The step to s = 0 adds no noise.
-    Raises ConfigError for another variance.
+    "learned_range" lies between the two as a `denoise.LearnedRange` says (Nichol & Dhariwal 2021, eq. 15), "learned" is
+    that of a `denoise.LearnedVariance`, for the steps of its own chain. The step to s = 0 adds no noise.
+    Raises ConfigError for another variance, and where the denoiser returns what does not belong to it.
     """
-    if variance not in _VARIANCES:
-        raise ConfigError(f"variance must be one of {', '.join(_VARIANCES)}; got {variance!r}.")
+    if variance not in _ANSWERS:
+        raise ConfigError(f"variance must be one of {', '.join(_ANSWERS)}; got {variance!r}.")
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        x0, fraction = _with_fraction(denoise(x, t), _VARIANCES[variance])
-        mean, _, _ = process.q_posterior(schedule, x0, x, t, s)
-        sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
-        # fixed small = fixed large * (sigma_s / sigma_t)^2, so a geometric mean of the two is a power of the ratio.
-        ratio = jnp.where(sigma_s > 0, sigma_s / sigma_t, 1.0)
-        std = sigma_t * jnp.sqrt(lost_snr(schedule, t, s)) * ratio ** (1 - fraction)
+        answer = _check_answer(denoise(x, t), variance)
+        mean, _, _ = process.q_posterior(schedule, estimate(answer), x, t, s)
+        if isinstance(answer, LearnedVariance):
+            std = jnp.exp(answer.log_variance / 2)
+        else:
+            fraction = answer.fraction if isinstance(answer, LearnedRange) else float(variance == "fixed_large")
+            std = _between(schedule, t, s, fraction)
         return mean + jnp.where(s > 0, std, 0.0) * noise(key, x, t, s), memory
 
     return Solver(no_memory, step)
@@ -83,20 +85,20 @@ def euler_ancestral_rf(schedule: Schedule, *, eta: float = 1.0, noise: Noise = f
 
 
 def ddim_inversion(schedule: Schedule) -> Solver:
-    """DDIM run from data to noise (Song et al. 2021, sec. 4.3); order 1. Use it with `sample.invert`.
+    """DDIM run from data to noise (Song et al. 2021, sec. 4.3), for `sample.invert`; one call a step.
 
-    The step from t up to s asks the network at (x_t, s), as diffusers' DDIMInverseScheduler: at s there is noise,
-    so clean data (t = 0) can start. Where sigma / alpha gets large (EDM, VE) that costs accuracy: there `invert` with
-    `ddim`, which asks at (x_t, t), is nearer to the flow, its first step (from t = 0, without noise) being short.
+    x_s is where `ddim` would step down from to x_t, so it depends on eps at (x_s, s): by one step of the fixed-point
+    iteration of Pan et al. 2023, from the x_s that the eps before would give (at first, none). Order 1 along the flow,
+    as `ddim`; order 2 there and back. At t = 0, where there is no eps, it need not ask.
     """
 
     def step(key: Key, denoise: Denoiser, x: Array, t: Array, s: Array, memory: PyTree) -> tuple[Array, PyTree]:
-        _, eps = predict(schedule, denoise, x, s)
-        alpha_t = schedule.alpha(t)
-        x0 = (x - schedule.sigma(t) * eps) / jnp.where(alpha_t > 0, alpha_t, 1.0)
-        return schedule.alpha(s) * x0 + schedule.sigma(s) * eps, memory
+        scaled = schedule.alpha(s) / schedule.alpha(t)
+        added = schedule.sigma(s) - scaled * schedule.sigma(t)
+        _, eps = predict(schedule, denoise, scaled * x + added * memory, s)
+        return scaled * x + added * eps, eps
 
-    return Solver(no_memory, step)
+    return Solver(jnp.zeros_like, step, upward=True)
 
 
 def _check_eta(eta: float) -> None:
@@ -106,11 +108,20 @@ def _check_eta(eta: float) -> None:
         )
 
 
-def _with_fraction(denoised: Any, fixed: float | None) -> tuple[Array, Any]:
-    if isinstance(denoised, LearnedRange) != (fixed is None):
-        wanted, got = ("LearnedRange", "an array") if fixed is None else ("an array", "LearnedRange")
+def _check_answer(answer: Any, variance: str) -> Any:
+    got = type(answer) if isinstance(answer, LearnedRange | LearnedVariance) else None
+    if got is not _ANSWERS[variance]:
+        names = [kind.__name__ if kind else "an array" for kind in (_ANSWERS[variance], got)]
         raise ConfigError(
-            f'this variance needs a denoiser that returns {wanted}, got {got}. Use variance="learned_range" '
-            "exactly when the denoiser returns denoise.LearnedRange(x0, fraction)."
+            f'variance "{variance}" needs a denoiser that returns {names[0]}, got {names[1]}. Use '
+            '"learned_range" exactly for denoise.LearnedRange(x0, fraction), "learned" for denoise.LearnedVariance.'
         )
-    return cast(LearnedRange, denoised) if fixed is None else (denoised, fixed)
+    return answer
+
+
+def _between(schedule: Schedule, t: Array, s: Array, fraction: Any) -> Array:
+    """The standard deviation between fixed small (0) and fixed large (1); their logarithms are interpolated."""
+    sigma_t, sigma_s = schedule.sigma(t), schedule.sigma(s)
+    # fixed small = fixed large * (sigma_s / sigma_t)^2, so a geometric mean of the two is a power of the ratio.
+    ratio = jnp.where(sigma_s > 0, sigma_s / sigma_t, 1.0)
+    return sigma_t * jnp.sqrt(lost_snr(schedule, t, s)) * ratio ** (1 - fraction)

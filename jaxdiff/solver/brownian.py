@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxdiff import process
 from jaxdiff.schedule import LOGSNR_MAX
+from jaxdiff.solver.base import fresh
 from jaxdiff.types import Array, Key, Noise, Schedule
 
 _DEPTH = 24
@@ -28,16 +29,20 @@ def brownian_path(key: Key, schedule: Schedule) -> Noise:
 
     A step's noise is the path's increment over it: with more steps over the same path the image converges, exactly
     where the solver's eta is 1. Draws over disjoint steps are independent; a step's draw is the sum of its parts.
-    key: one key or (b,) keys, as in `sample`; the keys of the steps are not used. Steps down only (s < t).
+    key: one key or (b,) keys, as in `sample`; the keys of the steps are not used. Noise for other than a step down
+    (Langevin moves, restarts) is no part of the path: it is `fresh`.
     """
 
     def noise(step_key: Key, x: Array, t: Array, s: Array) -> Array:
         keys = process.example_keys(key, x.shape[0])
         low, high = schedule.logsnr(t), schedule.logsnr(s)
-        distance = jnp.maximum(high - low, float(jnp.finfo(x.dtype).eps))
-        kept = jnp.exp(-distance / 2).astype(x.dtype)
-        new = _stationary(keys, x, high) - kept * _stationary(keys, x, low)
-        return new / jnp.sqrt(-jnp.expm1(-distance)).astype(x.dtype)
+
+        def increment() -> Array:
+            kept = jnp.exp((low - high) / 2).astype(x.dtype)
+            new = _stationary(keys, x, high) - kept * _stationary(keys, x, low)
+            return new / jnp.sqrt(-jnp.expm1(low - high)).astype(x.dtype)
+
+        return jax.lax.cond(high > low, increment, lambda: fresh(step_key, x, t, s))
 
     return noise
 

@@ -9,11 +9,10 @@ from math import inf
 import jax
 import jax.numpy as jnp
 
-from jaxdiff import process
 from jaxdiff.errors import ConfigError, check_count
 from jaxdiff.process import fold_keys, split_keys
-from jaxdiff.solver.base import lost_snr
-from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver
+from jaxdiff.solver.base import fresh, lost_snr
+from jaxdiff.types import Array, Denoiser, Key, Noise, PyTree, Schedule, Solver
 
 
 def restart(
@@ -23,12 +22,14 @@ def restart(
     sigma_range: tuple[float, float] = (0.1, 0.6),
     repeats: int = 3,
     num_steps: int = 6,
+    noise: Noise = fresh,
 ) -> Solver:
     """Restart sampling (Xu et al. 2023, Algorithm 1) around a deterministic solver such as `heun(schedule)`.
 
     The step that reaches sigma / alpha = low of sigma_range = (low, high), or passes it, is followed by `repeats`
     turns: noise up to high, `num_steps` steps of the solver (its memory new) down to where it was. Not at sigma = 0.
-    Raises ConfigError unless 0 < low < high < inf, and repeats and num_steps are integers >= 1.
+    `noise` is that of the way up, from s to a later t. Raises ConfigError unless 0 < low < high < inf, and
+    repeats and num_steps are integers >= 1.
     """
     low, high = sigma_range
     if not 0 < low < high < inf:
@@ -50,7 +51,7 @@ def restart(
         def turn(i: Array, x: Array) -> Array:
             keys = jax.random.wrap_key_data(data, impl=impl)
             key_up, key_down = split_keys(fold_keys(keys, i))
-            return _down(key_down, solver, denoise, _up(key_up, schedule, x, s, times[0]), times)
+            return _down(key_down, solver, denoise, _up(noise(key_up, x, s, times[0]), schedule, x, s, times[0]), times)
 
         return jax.lax.cond(passes, lambda: jax.lax.fori_loop(0, repeats, turn, x), lambda: x), memory
 
@@ -63,12 +64,12 @@ def _ramp(low: Array, high: Array, num_steps: int) -> Array:
     return (high ** (1 / 7) + part * (low ** (1 / 7) - high ** (1 / 7))) ** 7
 
 
-def _up(key: Key, schedule: Schedule, x: Array, s: Array, t: Array) -> Array:
-    """x_t of x_s, s < t."""
+def _up(new: Array, schedule: Schedule, x: Array, s: Array, t: Array) -> Array:
+    """x_t of x_s and new noise, s < t."""
     alpha_s = schedule.alpha(s)
     ratio = schedule.alpha(t) / jnp.where(alpha_s > 0, alpha_s, 1.0)
     std = schedule.sigma(t) * jnp.sqrt(lost_snr(schedule, t, s))
-    return ratio * x + std * process.normal(key, x.shape, x.dtype)
+    return ratio * x + std * new
 
 
 def _down(key: Key, solver: Solver, denoise: Denoiser, x: Array, times: Array) -> Array:

@@ -232,11 +232,12 @@ def complaints(make: Callable[[Any], Any], facts: Facts) -> Iterator[str]:
         if facts.up:
             yield from _order(run, facts)
             yield from _asks_above(make)
+            yield from _comes_back(run)
             return
         yield from _ends(run)
         yield from _rows(run, facts.order is not None)
         if facts.order is None:
-            yield from _noise_times(make)
+            yield from _noise_times(make, facts)
             yield from _looped(make, facts) if facts.loops else _laws_and_draws(make, run, facts)
         else:
             yield from _order(run, facts)
@@ -297,6 +298,22 @@ def _asks_above(make) -> Iterator[str]:
         solve.step(jax.random.split(jax.random.key(0), 2), denoise, x, jnp.zeros(()), jnp.asarray(0.3), solve.init(x))
     if asked != [0.3]:
         yield f"a step from t = 0 up to 0.3 asks at {asked}"
+
+
+def _comes_back(run) -> Iterator[str]:
+    """Up, and down again by DDIM: where it started, to order 2."""
+    down = walk(solver.ddim)
+    for name, data_name, reach, data, _, x in problems():
+        if reach == "smooth":
+            errors = []
+            for num_steps in (256, 512):
+                times = grid("logsnr", FAMILIES[name], num_steps)
+                up = run(jax.random.key(0), FAMILIES[name], data, x, padded(times[::-1]), num_steps)
+                back = down(jax.random.key(0), FAMILIES[name], data, up, padded(times), num_steps)
+                errors.append(float(jnp.abs(back - x).max()))
+            found = float(np.log2(errors[0] / errors[1]))
+            if not found > 2 - TOLERANCE:
+                yield f"comes back with order {found:.2f}, not 2, on {name}, {data_name} (error {errors[1]:.1e})"
 
 
 def _ends(run) -> Iterator[str]:
@@ -405,8 +422,8 @@ def _laws_and_draws(make, run, facts) -> Iterator[str]:
     yield from _draws(run, law_run)
 
 
-def _noise_times(make) -> Iterator[str]:
-    """Where noise can be given, it is asked for from the start of the step to its end."""
+def _noise_times(make, facts) -> Iterator[str]:
+    """Where noise can be given, it is asked for from the start of the step to its end; for moves, at its end."""
     plain = make.func if isinstance(make, functools.partial) else make
     if "noise" not in inspect.signature(plain).parameters:
         return
@@ -420,7 +437,7 @@ def _noise_times(make) -> Iterator[str]:
         solve, x, keys = functools.partial(make, noise=noise)(FAMILIES["vp"]), jnp.zeros((2, 1)), jnp.arange(2)
         keys = jax.vmap(jax.random.key)(keys)
         solve.step(keys, lambda x, t: 0.5 * x, x, jnp.asarray(0.7), jnp.asarray(0.4), solve.init(x))
-    if not (spans and spans[0][0] == 0.7 and spans[-1][1] == 0.4):
+    if not (spans and spans[0][0] == (0.4 if facts.moves else 0.7) and spans[-1][1] == 0.4):
         yield f"asks for noise over {spans} in a step from 0.7 to 0.4"
 
 

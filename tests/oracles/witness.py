@@ -137,7 +137,7 @@ def levels_of(scheduler):
 
 
 def learned(x0, np=np):
-    """A variance that a network might have learned, in [-1, 1], like x0."""
+    """A variance, or its logarithm, that a network might have learned: in [-1, 1], like x0."""
     return np.sin(3 * x0)
 
 
@@ -160,8 +160,10 @@ def answer(scheduler, x, alpha, sigma):
         "v_prediction": (alpha * eps - sigma * x0) / math.hypot(alpha, sigma),
         "flow_prediction": eps - x0,
     }[kind]
-    with_variance = getattr(scheduler.config, "variance_type", None) == "learned_range"
-    return np.concatenate([value, learned(x0)], axis=1) if with_variance else value
+    # The variance itself for "learned": they take its square root.
+    kinds = {"learned_range": learned, "learned": lambda x0: np.exp(learned(x0))}
+    variance = kinds.get(getattr(scheduler.config, "variance_type", None))
+    return value if variance is None else np.concatenate([value, variance(x0)], axis=1)
 
 
 def theirs(scheduler, *, space, begin=0, monkeypatch=None, **step_arguments):
