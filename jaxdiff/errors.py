@@ -32,6 +32,10 @@ class NonFiniteError(JaxdiffError):
     """Numbers have become NaN or infinite where they must not."""
 
 
+class HostError(JaxdiffError):
+    """Another process of this run is dead, slow or gone, or has not come."""
+
+
 def check_count(name: str, value: Any, hint: str, *, least: int = 1) -> int:
     """`value` as an int. Raises ConfigError, ending with `hint`, unless it is an integer (Python or NumPy) >= least."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:

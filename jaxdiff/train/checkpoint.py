@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.errors import CheckpointError, ConfigError
-from jaxdiff.train import seal
+from jaxdiff.train import hosts, seal
 from jaxdiff.train.seal import DamagedError
 from jaxdiff.types import Array, PyTree
 
@@ -110,8 +110,9 @@ class Checkpoints:
     """The checkpoints in one directory. Nothing is written, not even the directory, before `prepare` or `save`.
 
     Keeps the `keep` newest sound steps (they are what was sealed, and finite), and the newest one that is a multiple
-    of `every`. Saves run in the background: `wait` for them, or use it as a context manager. One process writes to a
-    directory at a time; any number may read. Raises ConfigError for keep < 2.
+    of `every`. Saves run in the background: `wait` for them, or use it as a context manager. One run writes to a
+    directory at a time; any number may read. In a run of several processes (`hosts`) all call every method, each writes
+    its own shards, and process 0 alone seals, renames and deletes. Raises ConfigError for keep < 2.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 3, every: int = 1):
@@ -135,18 +136,21 @@ class Checkpoints:
         """
         self.wait()
         with self._writing():
-            self.directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.directory):
-                pass
-            for path in self.directory.iterdir():
-                if _STALE.fullmatch(path.name) and path.is_dir():
-                    shutil.rmtree(path)
+            hosts.first("clear the checkpoints", self._clear)
         for path in self._numbered():
             if not _ours(path):
                 raise CheckpointError(
                     f"{path} is not a checkpoint of jaxdiff, and in the place of one. Move it away, or choose another "
                     "directory."
                 )
+
+    def _clear(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self.directory):
+            pass
+        for path in self.directory.iterdir():
+            if _STALE.fullmatch(path.name) and path.is_dir():
+                shutil.rmtree(path)
 
     def steps(self) -> list[int]:
         """The steps here, oldest first; interrupted saves and foreign folders are not among them."""
@@ -172,7 +176,7 @@ class Checkpoints:
 
         self.wait()
         with self._writing():
-            self._check_space(state)
+            hosts.first("look at the space left", lambda: self._check_space(state))
             thread, finite = self._open(), _finite(state)
             response = ocp.save_async(str(self._folder(step, "saving")), state, custom_metadata=record)
             self._saving = thread.submit(self._complete, response, step, finite, seal.digest(record["meta"]))
@@ -193,7 +197,8 @@ class Checkpoints:
         the dtypes of the template, which is refused otherwise.
         Raises CheckpointError where there is none, where all are damaged, or where the template is of another model.
         """
-        candidates = [there for there in self._existing(step) if among is None or there in among]
+        existing = hosts.first("list the checkpoints", lambda: self._existing(step))
+        candidates = [there for there in existing if among is None or there in among]
         if not candidates:
             raise CheckpointError(f"none of the steps {among} is in {self.directory}. Give one of {self.steps()}.")
         while True:
@@ -254,20 +259,25 @@ class Checkpoints:
 
     def _open(self) -> ThreadPoolExecutor:
         """The thread that completes saves, after what lies in their way has been moved."""
-        for step in self._damaged:
-            shutil.rmtree(self._folder(step, "damaged"), ignore_errors=True)
-            self._folder(step).rename(self._folder(step, "damaged"))
-            self._sound.pop(step, None)
+        hosts.first("move what is damaged", self._set_aside)
         self._damaged.clear()
         if self._thread is None:
             self.prepare()
             self._thread = ThreadPoolExecutor(1, "checkpoint")
         return self._thread
 
+    def _set_aside(self) -> None:
+        for step in self._damaged:
+            shutil.rmtree(self._folder(step, "damaged"), ignore_errors=True)
+            self._folder(step).rename(self._folder(step, "damaged"))
+            self._sound.pop(step, None)
+
     def _complete(self, response: Any, step: int, finite: Any, config: str) -> None:
         """What follows when Orbax has written all: seal, rename, and only then delete old steps."""
         response.result()
-        finite = bool(finite)
+        hosts.first("seal a checkpoint", lambda: self._seal(step, bool(finite), config))
+
+    def _seal(self, step: int, finite: bool, config: str) -> None:
         seal.write(self._folder(step, "saving"), step, finite=finite, config=config)
         self._folder(step, "saving").rename(self._folder(step))
         seal.sync(self.directory)
@@ -322,10 +332,23 @@ class Checkpoints:
             raise DamagedError(f"{path} is damaged: the config in it is not the one that was sealed.")
         return finite
 
+    def _checked(self, step: int) -> bool:
+        """What process 0 found in `_check`, in all, so that all fall back to the same step."""
+        finite, damage = hosts.first("check a checkpoint", lambda: self._verdict(step))
+        if damage:
+            raise DamagedError(damage)
+        return finite
+
+    def _verdict(self, step: int) -> tuple[bool, str]:
+        try:
+            return self._check(step), ""
+        except DamagedError as error:
+            return False, str(error)
+
     def _read(self, template: T, step: int, *, any_number: bool, cast: bool) -> tuple[T, dict[str, Any]]:
         from orbax.checkpoint import v1 as ocp
 
-        path, finite = self._folder(step), self._check(step)
+        path, finite = self._folder(step), self._checked(step)
         record = self._record(step)
         if record["format"] == 1:
             warnings.warn(f"{path} is of an earlier version, without a seal: damage would not be seen.", stacklevel=3)

@@ -78,21 +78,6 @@ def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def own_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a batch that the devices of this process work on.
-
-    Raises ConfigError where they are not in one piece.
-    """
-    shares = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    rows = sorted({piece[0].indices(batch_size)[:2] for piece in shares if piece is not None})
-    if any(end != start for (_, end), (start, _) in zip(rows[:-1], rows[1:], strict=True)):
-        raise ConfigError(
-            f"the devices of process {jax.process_index()} hold the rows {rows} of a batch, which are not in one piece. "
-            "Choose mesh.tensor as a divisor of the devices of a host, or as a multiple of them."
-        )
-    return slice(rows[0][0], rows[-1][1])
-
-
 def _leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     if math.prod(shape) < MIN_SHARDED:
         return P()
