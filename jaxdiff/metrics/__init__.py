@@ -9,7 +9,7 @@
     >>> sorted(precision_recall(real, fake))
     ['precision', 'recall']
 
-`metrics.inception` and `metrics.lpips` are networks; they come with Flax, so import them by name.
+`metrics.inception`, `metrics.lpips` and `metrics.classify` are networks and come with Flax: import them by name.
 
 A value falls or rises with the number of samples, so quote it with that number, and beside a floor that was measured
 the same way: real pictures against other real ones, and a Gaussian fitted to the data.
