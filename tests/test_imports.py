@@ -21,7 +21,7 @@ CHAIN = [
     {"likelihood"},
 ]
 LEAVES = {"nets", "text", "data", "metrics", "train"}  # know no diffusion mathematics
-FRIENDS = {"pretrained": {"nets", "text"}}  # beside them, and what it makes
+ABOVE = {"pipelines": {"nets"}, "pretrained": {"nets", "text", "pipelines"}}  # all of the mathematics, and these
 FORBIDDEN = {"torch", "tensorflow", "experiments"}
 
 
@@ -40,14 +40,14 @@ def imported(path: Path) -> set[str]:
 
 def allowed(room: str) -> set[str]:
     """The rooms that `room` may import."""
-    if room in LEAVES | set(FRIENDS):
-        return {"types", "errors", room} | FRIENDS.get(room, set())
+    if room in LEAVES:
+        return {"types", "errors", room}
     below: set[str] = set()
     for level in CHAIN:
         if room in level:
             return below | {room}
         below |= level
-    return below | {room}
+    return below | {room} | ABOVE.get(room, set())
 
 
 def violations(root: Path) -> list[str]:

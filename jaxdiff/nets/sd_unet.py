@@ -95,9 +95,8 @@ class SDUNet(nn.Module):
         return e
 
     def _waves(self, number: Array, features: int) -> Array:
-        waves = sinusoid(
-            number.astype(jnp.promote_types(number.dtype, jnp.float32)), features, endpoint=self.time_endpoint
-        )
+        number = number if jnp.issubdtype(number.dtype, jnp.floating) else number.astype(jnp.float32)
+        waves = sinusoid(number, features, endpoint=self.time_endpoint)
         return waves if self.sines_first else jnp.roll(waves, features // 2, axis=-1)
 
     def _body(self, h: Array, embedding: Array, tokens: Array | None) -> Array:
