@@ -45,16 +45,16 @@ class Tokenizer:
             raise ConfigError(f"captions must be a sequence of strings, got a bare string. Write [{captions[:40]!r}].")
         if max_len < 1:
             raise ConfigError(f"max_len must be an integer >= 1, got {max_len}.")
-        encoded = [e.ids for e in self._backend.encode_batch([_clean(c) for c in captions], add_special_tokens=False)]
+        encoded = [e.ids for e in self._backend.encode_batch([clean(c) for c in captions], add_special_tokens=False)]
         ids = np.zeros((len(encoded), max_len), np.int32)
         for row, tokens in zip(ids, encoded, strict=True):
             row[: min(max_len, len(tokens))] = tokens[:max_len]
-        _warn_of_cuts([len(tokens) for tokens in encoded], max_len)
+        warn_of_cuts([len(tokens) for tokens in encoded], max_len)
         return ids
 
     def unknown_words(self, caption: str) -> tuple[str, ...]:
         """The words of a caption that are not in the vocabulary and so will be spelled or lost."""
-        words = _words(self._backend, _clean(caption))
+        words = _words(self._backend, clean(caption))
         return tuple(dict.fromkeys(word for word in words if self._backend.token_to_id(word) is None))
 
     def save(self, path: str | os.PathLike) -> None:
@@ -70,7 +70,7 @@ def train(captions: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     Raises ConfigError when `vocab_size` does not even hold the characters.
     """
     empty = _build({PAD: 0, UNKNOWN: 1})
-    counts = collections.Counter(word for caption in captions for word in _words(empty, _clean(caption)))
+    counts = collections.Counter(word for caption in captions for word in _words(empty, clean(caption)))
     characters = sorted(set(string.ascii_lowercase + string.digits).union(*counts))
     pieces = [PAD, UNKNOWN, *characters, *("##" + c for c in characters)]
     if vocab_size < len(pieces):
@@ -106,12 +106,13 @@ def _words(backend: tokenizers.Tokenizer, text: str) -> list[str]:
     return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
 
 
-def _clean(caption: str) -> str:
+def clean(caption: str) -> str:
     """Lone surrogates, which file names may hold, cannot be encoded: they become '?'."""
     return caption.encode("utf-8", "replace").decode("utf-8")
 
 
-def _warn_of_cuts(lengths: list[int], max_len: int) -> None:
+def warn_of_cuts(lengths: list[int], max_len: int) -> None:
+    """Warn of captions that have more tokens than there is room for."""
     cut = sum(length > max_len for length in lengths)
     if cut:
         message = f"{cut} of {len(lengths)} captions have more than max_len={max_len} tokens (up to {max(lengths)})"

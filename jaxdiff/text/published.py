@@ -1,0 +1,175 @@
+"""Tokenizers of published encoders: text -> the ids that the network was trained on, with its own begin, end, padding.
+
+    CLIP    [begin] ids [end] [end] ...      lower case, white space joined; byte-pair merges within words
+    T5      ids [end] [pad] ...
+    BERT    [begin] ids [end] [pad] ...
+
+They are Hugging Face's `tokenizers` (in Rust, without PyTorch), read from tokenizer.json or CLIP's older two files.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+
+from jaxdiff.errors import ConfigError, DataError
+from jaxdiff.text.tokenizer import clean, warn_of_cuts
+
+MAX_BYTES = 2**26
+_CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_PADS = ("<pad>", "[PAD]")
+
+
+class Tokens(NamedTuple):
+    """`ids` int32 (n, L) and `mask` bool (n, L), True up to the end token."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+class PublishedTokenizer:
+    """Made by `open_tokenizer`. `bos` is None where texts have no begin; `max_len` is what the folder says, or None."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, pad: int | None, max_len: int | None) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        ends = backend.encode("").ids
+        if not 1 <= len(ends) <= 2:
+            raise DataError(f"a tokenizer must put one or two tokens around a text, this one puts {len(ends)}.")
+        self._backend = backend
+        self.bos, self.eos = (ends[0] if len(ends) == 2 else None), ends[-1]
+        self.pad, self.max_len = (self.eos if pad is None else pad), max_len
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def room(self) -> int:
+        """How many ids of text fit between begin and end, where the folder gives a length."""
+        return self._length(None) - 1 - (self.bos is not None)
+
+    def pieces(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, without begin, end and padding, of any length."""
+        if isinstance(texts, str):
+            raise ConfigError(f"texts must be a sequence of strings, got a bare string. Write [{texts[:40]!r}].")
+        encoded = self._backend.encode_batch([clean(text) for text in texts], add_special_tokens=False)
+        return [e.ids for e in encoded]
+
+    def frame(self, pieces: Sequence[int], length: int) -> np.ndarray:
+        """int32 (length,): begin, `pieces`, end, padding. Raises ConfigError where they do not fit."""
+        row = [*([] if self.bos is None else [self.bos]), *pieces, self.eos]
+        if len(row) > length:
+            raise ConfigError(f"{len(row)} tokens do not fit into {length}. Cut them, or chunk the prompt.")
+        return np.asarray(row + [self.pad] * (length - len(row)), np.int32)
+
+    def encode(self, texts: Sequence[str], max_len: int | None = None) -> Tokens:
+        """n texts -> Tokens (n, max_len). A text of more tokens is cut before the end token, with a UserWarning.
+
+        Raises ConfigError for a bare string or a length without room.
+        """
+        length = self._length(max_len)
+        room = length - 1 - (self.bos is not None)
+        if room < 1:
+            raise ConfigError(f"max_len must leave room for a token between begin and end, got {length}.")
+        pieces = self.pieces(texts)
+        ids = np.full((len(pieces), length), self.pad, np.int32)
+        for row, text in zip(ids, pieces, strict=True):
+            row[:] = self.frame(text[:room], length)
+        warn_of_cuts([len(text) for text in pieces], room)
+        ends = length - room + np.asarray([min(len(text), room) for text in pieces], np.int32)
+        return Tokens(ids, np.arange(length)[None, :] < ends[:, None])
+
+    def _length(self, max_len: int | None) -> int:
+        length = self.max_len if max_len is None else max_len
+        if length is None:
+            raise ConfigError("this tokenizer does not say how many tokens its network takes: give max_len.")
+        return length
+
+
+def open_tokenizer(folder: str | os.PathLike, *, max_len: int | None = None) -> PublishedTokenizer:
+    """The tokenizer in `folder`: tokenizer.json, or CLIP's vocab.json and merges.txt, and the small files beside them.
+
+    `max_len` stands in for what tokenizer_config.json does not say. Raises DataError for a missing or damaged file.
+    """
+    folder = Path(folder).expanduser()
+    settings = _settings(folder)
+    if (folder / "tokenizer.json").is_file():
+        backend = _parse(folder / "tokenizer.json")
+    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        backend = _clip(folder, settings)
+    else:
+        hint = " Convert spiece.model to tokenizer.json first." if (folder / "spiece.model").is_file() else ""
+        raise DataError(f"there is no tokenizer.json and no vocab.json with merges.txt in {folder}.{hint}")
+    pad = settings.get("pad_token")
+    if pad is not None and backend.token_to_id(pad) is not None:
+        backend.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
+    known = [pad] if pad is not None else _PADS
+    pad_id = next((i for i in map(backend.token_to_id, known) if i is not None), None)
+    declared = settings.get("model_max_length")
+    return PublishedTokenizer(backend, pad_id, max_len if declared is None else declared)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """pad_token and the like as strings, and the length where it is a real one."""
+    merged: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = folder / name
+        if path.is_file():
+            _check_size(path)
+            try:
+                merged |= dict(json.loads(path.read_bytes()))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise DataError(f"{path} is damaged: {error}. Get it again.") from error
+    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in merged.items() if k.endswith("_token")}
+    settings: dict[str, Any] = {key: value for key, value in tokens.items() if isinstance(value, str)}
+    length = merged.get("model_max_length")
+    if isinstance(length, int) and 0 < length < 2**20:  # 10^30 stands for "any"
+        settings["model_max_length"] = length
+    return settings
+
+
+def _parse(path: Path) -> tokenizers.Tokenizer:
+    _check_size(path)
+    try:
+        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises no narrower one
+        raise DataError(f"{path} is not a tokenizer.json or is damaged: {error}. Get it again.") from error
+
+
+def _clip(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    """CLIP's byte-pair tokenizer from its two files, as transformers builds it."""
+    begin, end = settings.get("bos_token", "<|startoftext|>"), settings.get("eos_token", "<|endoftext|>")
+    for name in ("vocab.json", "merges.txt"):
+        _check_size(folder / name)
+    try:
+        model = models.BPE.from_file(
+            str(folder / "vocab.json"), str(folder / "merges.txt"),
+            continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
+            unk_token=settings.get("unk_token", end),
+        )  # fmt: skip
+    except Exception as error:  # the library raises no narrower one
+        raise DataError(f"vocab.json or merges.txt in {folder} is damaged: {error}. Get them again.") from error
+    backend = tokenizers.Tokenizer(model)
+    bos, eos = backend.token_to_id(begin), backend.token_to_id(end)
+    if bos is None or eos is None:
+        raise DataError(f"vocab.json in {folder} must hold {begin} and {end}; it is not one of CLIP's.")
+    space = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(tokenizers.Regex(_CLIP_SPLIT), "removed", invert=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (begin, end)])
+    backend.post_processor = processors.RobertaProcessing((end, eos), (begin, bos), False, False)
+    return backend
+
+
+def _check_size(path: Path) -> None:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DataError(f"{path} has {size:,} bytes; no tokenizer has more than {MAX_BYTES:,}.")
