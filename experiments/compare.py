@@ -7,38 +7,37 @@ A fifth of the pictures is held out. The rivals are the narrowest with at least 
 network; the minutes become numbers of steps once, from the times of a few steps of each, taken in turn, so
 that a busy machine is busy for all. Every seed is another initialisation and order. Beside the models stand two floors:
 the held-out pictures themselves, and draws from a Gaussian with the mean and covariance of the training pictures.
-All are compared with the training pictures by as many samples as are held out, in the features of Inception where
---inception names its weights, else in the first 64 principal components of the training pictures; FD is the Frechet
-distance there, and the FID only with the former.
+All are compared with the training pictures by as many samples as are held out, and by the features and figures of
+`experiments.evaluate`; coverage is the share of the modes that are met. A seed whose samples are not finite or of one
+colour has failed, which the name of the row says.
 
 What is done is kept: started again with the same --workdir, the command goes on. There it leaves compare.md,
-compare.json, compare.png (rows of real pictures and of each model's), and one JSON file for each model and seed.
+compare.json, compare.png (rows of real pictures and of each model's), and the samples of each model and seed.
 """
 
 import bisect
 import dataclasses
-import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import check, cli, inputs, pictures, rivals, workdir
+from experiments import check, cli, features, inputs, pictures, report, rivals, scores, workdir
 from experiments import model as models
 from experiments.configs import Config
 from experiments.train import keep_memory, use_compile_cache
-from jaxdiff import data, metrics, train
-from jaxdiff.errors import ConfigError
+from jaxdiff import data, train
+from jaxdiff.errors import ConfigError, DataError
 
 SHOWN = 12  # pictures of each model in the figure
-COLUMNS = ("FD", "precision", "recall", "density", "coverage")
+Figures: TypeAlias = dict[str, float | None]
 
 
 def diffusion(config: Config, info: dict[str, Any]) -> rivals.Rival:
@@ -72,7 +71,8 @@ class Contestant:
     steps: int
     seed: int
 
-    def __post_init__(self) -> None:
+    def start(self) -> None:
+        """Make the parameters."""
         c = self.config.optimizer
         optimizer = train.adam(
             **self.rival.adam, warmup_steps=c.warmup, decay=c.decay, total_steps=self.steps, clip_norm=c.clip or None
@@ -101,6 +101,8 @@ class Contestant:
 def pace(contestants: dict[str, Contestant], rounds: int = 5, steps: int = 4) -> dict[str, float]:
     """Seconds a step takes, the median over rounds in which all take their turn; compilation is left out."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    for one in contestants.values():
+        one.start()
     for i in range(rounds + 1):
         for name, one in contestants.items():
             started = time.perf_counter()
@@ -112,36 +114,14 @@ def pace(contestants: dict[str, Contestant], rounds: int = 5, steps: int = 4) ->
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
-    """The training pictures in features, and what samples are measured by."""
-
-    features: Callable[[np.ndarray], np.ndarray]
-    real: np.ndarray
-
-    def measure(self, samples: np.ndarray) -> dict[str, float]:
-        """The columns of the table for pictures in [-1, 1]. A model that makes NaN has infinite distance."""
-        if not np.isfinite(samples).all():
-            return dict.fromkeys(COLUMNS, 0.0) | {"FD": float("inf")}
-        fake = self.features(np.clip(samples, -1, 1))
-        stats = [metrics.stats.of(x) for x in (self.real, fake)]
-        distance = {"FD": metrics.frechet(*stats, min_count=min(s.count for s in stats))}
-        return distance | metrics.precision_recall(self.real, fake) | metrics.density_coverage(self.real, fake)
-
-
-def principal(images: np.ndarray, count: int = 64) -> Callable[[np.ndarray], np.ndarray]:
-    """The projection on the first `count` principal components of pictures (n, ...)."""
-    flat = images.reshape(len(images), -1).astype(np.float64)
-    _, _, axes = np.linalg.svd(flat - flat.mean(0), full_matrices=False)
-    return lambda x: (x.reshape(len(x), -1) - flat.mean(0)) @ axes[:count].T
-
-
-def gaussian(images: np.ndarray, count: int) -> np.ndarray:
-    """Draws from the Gaussian fitted to pictures (n, ...) in [-1, 1], clipped to them."""
-    flat = images.reshape(len(images), -1).astype(np.float64)
-    centred = (flat - flat.mean(0)) / np.sqrt(len(flat) - 1)
-    noise = np.random.default_rng(0).standard_normal((count, len(flat)))
-    return np.clip(flat.mean(0) + noise @ centred, -1, 1).reshape(count, *images.shape[1:]).astype(np.float32)
+def measure(extract: features.Extractor, given: scores.Reference, samples: np.ndarray) -> Figures | None:
+    """The figures of samples (n, h, w, c); None where they are not finite, or all of one colour."""
+    if not np.isfinite(samples).all():
+        return None
+    try:
+        return scores.score(given, extract("samples", np.asarray(data.encode(samples))))
+    except DataError:
+        return None
 
 
 def split(dataset: data.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -178,26 +158,22 @@ def plan(config: Config, entered: dict[str, rivals.Rival], images: np.ndarray, a
     return made
 
 
-def compete(name: str, contestant: Contestant, judge: Judge, num: int) -> tuple[dict[str, Any], np.ndarray]:
-    """Train one model to the end and measure it; its figures, and the pictures to show."""
-    for _ in tqdm(range(contestant.steps), desc=f"{name}, seed {contestant.seed}", unit="step"):
-        contestant.advance()
-    samples = contestant.draw(num)
-    return judge.measure(samples), samples[:SHOWN]
+def row(name: str, count: int, seeds: Sequence[Figures | None]) -> dict[str, Any]:
+    """A row of the table: the mean and the spread over the seeds that did not fail."""
+    sound = [figures for figures in seeds if figures is not None]
+    failed = f" ({len(seeds) - len(sound)} of {len(seeds)} failed)" if len(sound) < len(seeds) else ""
+    nothing = {figure: {"mean": None, "std": None} for figure in report.COLUMNS}
+    return {"name": name + failed, "n": count, "figures": scores.over_seeds(sound) if sound else nothing}
 
 
-def table(results: dict[str, list[dict[str, float]]], made: dict[str, Any]) -> Iterator[str]:
-    """Markdown: the mean over seeds and, where there are several, the standard deviation and the worst."""
-    yield "| | parameters | steps | " + " | ".join(COLUMNS) + " | worst FD |"
-    yield "|---" * (len(COLUMNS) + 4) + "|"
-    for name, rows in results.items():
-        cells = [f"{made['parameters'][name]:,}", f"{made['steps'][name]:,}"] if name in made["steps"] else ["", ""]
-        for column in COLUMNS:
-            values = [row[column] for row in rows]
-            spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 and np.isfinite(values).all() else ""
-            cells.append(f"{statistics.fmean(values):.3g}{spread}")
-        worst = f"{max(row['FD'] for row in rows):.3g}" if len(rows) > 1 else ""
-        yield f"| {name} | " + " | ".join([*cells, worst]) + " |"
+def markdown(title: str, rows: Sequence[dict[str, Any]], made: dict[str, Any]) -> str:
+    """The table, and what the models have in common and not."""
+    budget = "; ".join(
+        f"{name}: {made['parameters'][name]:,} parameters, {steps:,} steps" for name, steps in made["steps"].items()
+    )
+    return (
+        f"{report.table(title, rows)}\n\n{made['settings']['minutes']:g} minutes each. {budget}.\n\n{report.LEGEND}\n"
+    )
 
 
 def run(argv: Sequence[str]) -> int:
@@ -211,6 +187,7 @@ def run(argv: Sequence[str]) -> int:
     add("--workdir", default="runs/compare", help="where everything goes (default: runs/compare)")
     add("--minutes", type=float, default=2.0, help="of training for each model and seed (default: 2)")
     add("--seeds", type=int, default=5, help="(default: 5)")
+    add("--inception", help="weights of the Inception of the FID, a safetensors file (default: features of the pixels)")
     config, args = cli.parse(parser, argv)
     if not 0 < args.minutes < float("inf") or args.seeds < 1:
         raise ConfigError(f"--minutes must be > 0 and --seeds >= 1, got {args.minutes} and {args.seeds}.")
@@ -229,32 +206,40 @@ def run(argv: Sequence[str]) -> int:
 
 def hold(config: Config, entered: dict[str, rivals.Rival], dataset: data.Dataset, args: Any) -> int:
     """The comparison itself, from where it was left."""
-    folder = Path(args.workdir)
+    folder, shape = Path(args.workdir), tuple(dataset.shape)
     images, held_out = split(dataset)
-    real = np.asarray(data.decode(images))
-    features = principal(real)
-    judge, made = Judge(features, features(real)), plan(config, entered, images, args)
-    results = {
-        "held-out pictures": [judge.measure(np.asarray(data.decode(held_out)))],
-        "Gaussian": [judge.measure(gaussian(real, len(held_out)))],
-    }
-    shown = {"real": real[:SHOWN]}
-    for seed, (name, rival) in itertools.product(range(args.seeds), entered.items()):
-        path = folder / f"{name}_{seed}.json"
-        if not path.exists():
-            one = Contestant(rival, config, images, made["steps"][name], seed)
-            figures, pictured = compete(name, one, judge, len(held_out))
-            np.save(folder / f"{name}.npy", pictured)
-            workdir.write_json(path, figures)
-        results.setdefault(name, []).append(workdir.load_json(path))
-        shown[name] = np.load(folder / f"{name}.npy", allow_pickle=False)
-    lines = "\n".join(table(results, made))
-    names = [name for name in shown for _ in range(SHOWN)]
+    chosen = features.inception(args.inception, shape) if args.inception else features.pixels(shape)
+    extract = features.Extractor(folder / "features", chosen, train.mesh.make(), 64)
+    given = scores.reference(extract("training pictures", images), extract("held out", held_out), chosen.contract)
+    made, num = plan(config, entered, images, args), len(held_out)
+    floors = {"held out": given.held_out, "Gaussian fit": extract("Gaussian", scores.gaussian(images, num))}
+    rows = [row(name, num, [scores.score(given, x)]) for name, x in floors.items()]
+    shown = {"real": np.asarray(data.decode(images[:SHOWN]))}
+    for name, rival in entered.items():
+        seeds = [
+            finished(Contestant(rival, config, images, made["steps"][name], seed), folder / f"{name}_{seed}", num)
+            for seed in range(args.seeds)
+        ]
+        rows.append(row(name, num, [measure(extract, given, samples) for samples in seeds]))
+        shown[name] = seeds[0][:SHOWN]
+    text, names = markdown(chosen.title, rows, made), [name for name in shown for _ in range(SHOWN)]
     data.save_png(folder / "compare.png", pictures.sheet(np.concatenate(list(shown.values())), names), {})
-    workdir.write_json(folder / "compare.json", {"plan": made, "results": results})
-    (folder / "compare.md").write_text(lines + "\n", encoding="utf-8")
-    print(lines)
+    workdir.write_json(folder / "compare.json", {"plan": made, "contract": chosen.contract, "rows": rows})
+    (folder / "compare.md").write_text(text, encoding="utf-8")
+    print(text)
     return 0
+
+
+def finished(contestant: Contestant, path: Path, num: int) -> np.ndarray:
+    """`num` samples of the trained model: those kept at `path`, or made by training it now."""
+
+    def samples(_: np.ndarray) -> np.ndarray:
+        contestant.start()
+        for _i in tqdm(range(contestant.steps), desc=path.name, unit="step"):
+            contestant.advance()
+        return contestant.draw(num)
+
+    return features.in_parts(path, num, num, samples)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare, rivals, workdir
+from experiments import compare, features, rivals, scores, workdir
+from jaxdiff import data, train
 from jaxdiff.errors import ConfigError
 
 SHAPE = (8, 8, 3)
 BATCH = {"image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, *SHAPE)), jnp.uint8)}
+PLAN = {"parameters": {"GAN": 5}, "steps": {"GAN": 3}, "settings": {"minutes": 2.0}}
 SMALL = [
     "--config.data.size=8", "--config.net.channels=16", "--config.net.multipliers=1", "--config.net.head_channels=8",
     "--config.net.attention_levels=0", "--config.train.batch_size=4", "--config.sample.steps=2",
@@ -60,17 +62,23 @@ def test_the_rivals_have_the_parameters_asked_for():
         assert 100_000 <= compare.size(compare.as_large(make, 100_000, SHAPE)) < 130_000
 
 
-def test_a_model_that_makes_nan_or_copies_one_picture_does_not_look_good():
-    real = np.random.default_rng(0).uniform(-1, 1, (60, *SHAPE))
-    judge = compare.Judge(compare.principal(real, 8), compare.principal(real, 8)(real))
-    good = judge.measure(real[::-1].copy())
-    one = judge.measure(np.repeat(real[:1], 60, 0) + 1e-6 * real)
-    assert good["FD"] < 1e-6
+def test_samples_that_are_not_finite_or_of_one_colour_have_failed_and_copies_have_no_recall(tmp_path):
+    real = np.random.default_rng(0).integers(0, 256, (60, *SHAPE), np.uint8)
+    chosen = features.pixels((2, 2, 3))
+    extract = features.Extractor(tmp_path, chosen, train.mesh.make(devices=jax.devices()[:1]), 20)
+    given = scores.reference(extract("a", real[:40, :2, :2]), extract("b", real[40:, :2, :2]), chosen.contract)
+    decoded = np.asarray(data.decode(real[:, :2, :2]))
+    good = compare.measure(extract, given, decoded[:40])
+    assert good["fd"] < 1e-6
     assert good["coverage"] == 1
-    assert one["recall"] < 0.1
-    assert one["coverage"] < 0.3
-    assert one["FD"] > 0.1
-    assert judge.measure(np.full((60, *SHAPE), np.nan))["FD"] == np.inf
+    copies = compare.measure(extract, given, np.concatenate([decoded[:1]] * 39 + [decoded[1:2]]))
+    assert copies["coverage"] < 0.5
+    bad = [np.full_like(decoded, np.nan), np.full_like(decoded, 0.5)]
+    assert [compare.measure(extract, given, samples) for samples in bad] == [None, None]
+    row = compare.row("GAN", 40, [good, None, None])
+    assert row["name"] == "GAN (2 of 3 failed)"
+    assert row["figures"]["fd"] == {"mean": good["fd"], "std": None}
+    assert "too few" in compare.markdown("FD", [compare.row("GAN", 40, [None])], PLAN)
 
 
 def test_the_command_makes_one_table_and_one_figure_and_goes_on(tmp_path, capsys):
@@ -78,13 +86,14 @@ def test_the_command_makes_one_table_and_one_figure_and_goes_on(tmp_path, capsys
     assert compare.run(words) == 0
     table = capsys.readouterr().out
     rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
-    assert rows[2:] == ["held-out pictures", "Gaussian", "VAE", "GAN", "diffusion"]
-    first = (tmp_path / "diffusion_0.json").stat().st_mtime_ns
+    assert rows[2:] == ["held out", "Gaussian fit", "VAE", "GAN", "diffusion"]
+    kept = next((tmp_path / "diffusion_0").iterdir())
+    first = kept.stat().st_mtime_ns
     (tmp_path / "compare.png").unlink()
     assert compare.run(words) == 0  # nothing is trained again
     assert capsys.readouterr().out == table
     assert (tmp_path / "compare.png").exists()
-    assert (tmp_path / "diffusion_0.json").stat().st_mtime_ns == first
+    assert kept.stat().st_mtime_ns == first
     assert workdir.load_json(tmp_path / "compare.json")["plan"]["steps"] == {"VAE": 1, "GAN": 1, "diffusion": 1}
     with pytest.raises(ConfigError, match=r"minutes: was 1e-06, now 2.0"):
         compare.run([word for word in words if "minutes" not in word])
