@@ -1,6 +1,8 @@
 """Text and picture encoders against transformers, with random weights written by it and read by us."""
 
 import json
+import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +10,15 @@ import numpy as np
 import pytest
 
 from jaxdiff.pretrained import files, text
-from jaxdiff.text import clip
+from jaxdiff.text import clip, open_tokenizer
 from jaxdiff.text import t5 as t5_room
+from tests.oracles.strings import strings, write_clip_vocabulary
 
 torch = pytest.importorskip("torch", reason="needs the witness extra: torch, transformers")
 transformers = pytest.importorskip("transformers", reason="needs the witness extra: torch, transformers")
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the folder shared/data beside the checkout")
 
 TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 TEXT = {"vocab_size": 60, "max_position_embeddings": 12, "bos_token_id": 57, "eos_token_id": 58, **TINY}
@@ -302,3 +308,56 @@ def test_what_we_write_transformers_loads(tmp_path, name, half):
     a, b = first.state_dict(), second.state_dict()
     for key in a:
         assert key.startswith("pooler.") or torch.equal(a[key], b[key].to(a[key].dtype)), key
+
+
+# --- tokenizers: every id of 10,000 strings
+
+
+def equal_ids(reference, tokenizer, made, length):
+    assert reference(made, add_special_tokens=False)["input_ids"] == tokenizer.pieces(made)
+    theirs = reference(made, padding="max_length", truncation=True, max_length=length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what is cut, as it should be
+        tokens = tokenizer.encode(made, length)
+    np.testing.assert_array_equal(tokens.ids, theirs["input_ids"])
+    np.testing.assert_array_equal(tokens.mask, np.asarray(theirs["attention_mask"], bool))
+
+
+@needs_shared
+@pytest.mark.parametrize("settings", [{}, {"pad_token": "!"}], ids=["SD 1", "SD 2"])
+def test_ids_of_clip(tmp_path, settings):
+    corpus = (SHARED / "text" / "tiny_shakespeare.txt").read_text()
+    write_clip_vocabulary(tmp_path, corpus)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 77} | settings))
+    reference = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    equal_ids(reference, open_tokenizer(tmp_path), strings(), 77)
+    reference.save_pretrained(tmp_path / "one file")
+    assert not (tmp_path / "one file" / "vocab.json").exists()
+    equal_ids(reference, open_tokenizer(tmp_path / "one file"), strings(500, seed=1), 77)
+
+
+@needs_shared
+def test_ids_of_minilm():
+    folder = SHARED / "weights" / "all-minilm-l6-v2"
+    reference = transformers.BertTokenizer.from_pretrained(folder)
+    equal_ids(reference, open_tokenizer(folder), strings(), 128)
+
+
+@needs_shared
+def test_ids_of_t5(tmp_path):
+    """No T5 vocabulary is at hand: one of 1,000 pieces is trained, and their class writes its tokenizer.json."""
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
+    )
+    trainer = trainers.UnigramTrainer(
+        vocab_size=1000, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    backend.train([str(SHARED / "text" / "tiny_shakespeare.txt")], trainer)
+    vocabulary = [tuple(entry) for entry in json.loads(backend.to_str())["model"]["vocab"]]
+    reference = transformers.T5Tokenizer(vocab=vocabulary)
+    reference.save_pretrained(tmp_path)
+    equal_ids(reference, open_tokenizer(tmp_path), strings(), 64)
