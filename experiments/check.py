@@ -1,11 +1,13 @@
 """Settings that cannot work are refused here: on plain Python values, before anything is compiled or written."""
 
 import math
+from typing import Any
 
 import jax
 
 from experiments import cli
 from experiments.configs import Config
+from experiments.configs._base import base
 from jaxdiff import train
 from jaxdiff.errors import ConfigError
 
@@ -31,17 +33,40 @@ LEAST = {
     "train.sample_every": 0,
     "train.checkpoint_every": 1,
     "train.keep": 2,  # a damaged newest checkpoint falls back to the one before
+    "mesh.dead_after": 1.0,
+    "mesh.slow_after": 1.0,
     "sample.steps": 1,
     "sample.num": 1,
     "sample.seed": 0,
     "sample.scale": 0.0,
 }
+# key -> the largest value allowed: a mistyped or damaged number is answered at once, not by running out of memory
+MOST = {
+    "data.size": 2**14,
+    "data.points": 10**8,
+    "data.ahead": 2**16,
+    "data.workers": 2**10,
+    "net.depth": 2**10,
+    "net.num_blocks": 2**10,
+    "text.vocab_size": 2**20,
+    "text.max_len": 2**16,
+    "text.dim": 2**16,
+    "text.depth": 2**10,
+    "train.batch_size": 2**24,
+    "train.steps_per_call": 10**6,
+    "sample.steps": 10**6,
+    "sample.num": 2**16,
+}
+LARGEST, LONGEST = 2**53, 10_000  # of every number, in every text
 
 
 def config(config: Config) -> None:
-    """Raise ConfigError for the first setting out of its range; names are checked where they are used."""
-    flat = cli.flatten(config)
+    """Raise ConfigError for the first setting unknown or out of its range; names are checked where they are used."""
+    flat, known = cli.flatten(config), cli.flatten(base())
     for key, value in flat.items():
+        if key not in known and not key.startswith("net."):
+            raise cli.unknown("config key", key, known)
+        _check_size(key, value)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key} must be a finite number, got {value}. Type --config.{key}=NUMBER.")
         if key in LEAST and value < LEAST[key]:
@@ -59,9 +84,28 @@ def config(config: Config) -> None:
         raise ConfigError(f"train.batch_size must be a multiple of train.accumulate={parts}, got {size}.")
 
 
+def _check_size(key: str, value: Any) -> None:
+    for part in value if isinstance(value, tuple) else (value,):
+        most = MOST.get(key, LARGEST)
+        if isinstance(part, int) and abs(part) > most:
+            raise ConfigError(f"{key} must be at most {most}, got {str(part)[:30]}.")
+        if isinstance(part, str) and len(part) > LONGEST:
+            raise ConfigError(f"{key} must be at most {LONGEST} characters long, got {len(part)}.")
+
+
+def fits(value: Any, default: Any) -> bool:
+    """Whether `value`, read from a file, is of the type of the setting `default`."""
+    if isinstance(default, tuple):
+        kind = type(default[0]) if default else str
+        return isinstance(value, tuple) and all(isinstance(part, kind) for part in value)
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    return isinstance(value, int | float if isinstance(default, float) else type(default))
+
+
 def mesh(config: Config) -> jax.sharding.Mesh:
     """The device mesh of the config; ConfigError where the batch does not divide over it."""
-    made = train.mesh.make(config.mesh.data, config.mesh.fsdp)
+    made = train.mesh.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     train.mesh.check_batch_size(made, config.train.batch_size // config.train.accumulate)
     return made
 

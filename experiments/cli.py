@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 
 import experiments.configs
 from experiments.configs import Config
-from jaxdiff.errors import ConfigError, JaxdiffError
+from jaxdiff.errors import ConfigError, HostError, JaxdiffError
+from jaxdiff.train import hosts
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,7 +69,7 @@ def call(what: str, text: str, table: Mapping[str, Callable], **given: Any) -> A
     for option in options:
         if option not in accepted:
             raise unknown(f"option of {what} {name}:", option, set(accepted) - set(given))
-        _check_type(f"option {option} of {what} {name}", options[option], accepted[option])
+        check_type(f"option {option} of {what} {name}", options[option], accepted[option])
     kwargs = {k: v for k, v in given.items() if k in accepted} | options
     missing = [k for k, p in accepted.items() if p.default is p.empty and k not in kwargs and p.kind in (1, 3)]
     if missing:
@@ -82,16 +83,17 @@ def _options(what: str, text: str) -> dict[str, Any]:
         if not isinstance(node, ast.Call) or node.args:
             raise ValueError("not name(option=value)")
         return {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:
         raise ConfigError(f"cannot read {what} {text!r}. Write name or name(option=number, ...).") from error
 
 
-def _check_type(what: str, value: Any, parameter: inspect.Parameter) -> None:
+def check_type(what: str, value: Any, parameter: inspect.Parameter) -> None:
     """Raise ConfigError unless `value` is of the type of the parameter's default, or of its annotation."""
     kind = parameter.annotation if parameter.default is parameter.empty else type(parameter.default)
-    wanted = {int: "an integer", float: "a number", str: "text", tuple: "numbers in brackets"}.get(kind)
-    if wanted and not isinstance(value, int | float if kind is float else kind):
-        raise ConfigError(f"{what} must be {wanted}, got {value!r}.")
+    wanted = {int: "an integer", float: "a number", str: "text", tuple: "numbers in brackets", bool: "True or False"}
+    numbers = not isinstance(value, tuple) or all(isinstance(part, int | float) for part in value)
+    if kind in wanted and not (isinstance(value, int | float if kind is float else kind) and numbers):
+        raise ConfigError(f"{what} must be {wanted[kind]}, got {value!r:.100}.")
 
 
 def config_names() -> list[str]:
@@ -205,7 +207,7 @@ def main(run: Callable[[Sequence[str]], int]) -> None:
         sys.exit(run(sys.argv[1:]))
     except (JaxdiffError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        hosts.leave(hosts.LOST if isinstance(error, HostError) else 2)
     except KeyboardInterrupt:
         print("interrupted; what was saved before is untouched", file=sys.stderr)
-        sys.exit(130)
+        hosts.leave(130)

@@ -19,19 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import check, cli, inputs, pictures, workdir
+from experiments import check, cli, inputs, launch, pictures, workdir
 from experiments import model as models
 from experiments.configs import Config
 from experiments.saving import Saver, tolerated
 from jaxdiff import data, train
 from jaxdiff.errors import DataError
-from jaxdiff.train import checkpoint
+from jaxdiff.train import checkpoint, hosts
 
 
 class Stop:
     """Remembers the first Ctrl-C or SIGTERM, so that training can save and leave; the second one acts at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: hosts.Watch) -> None:
+        self.watch = watch
         self.signal: int | None = None
         self.previous: dict[int, Any] = {}
 
@@ -43,6 +44,11 @@ class Stop:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def agreed(self) -> int | None:
+        """The signal for which all processes stop now; call it once a step."""
+        self.signal = self.watch.agree(self.signal)
+        return self.signal
 
     def _take(self, number: int, _: object) -> None:
         self.signal = number
@@ -129,15 +135,16 @@ def _ratio(total: np.ndarray, count: np.ndarray) -> float | None:
     return float(total / count) if count else None
 
 
-def fit(job: Job) -> int:
+def fit(job: Job, watch: hosts.Watch) -> int:
     """Train to the last step, or until a signal. Returns the exit status: 0, or 128 + the signal's number."""
     c = job.config.train
     with checkpoint.Checkpoints(job.directory / "checkpoints", keep=c.keep, every=c.checkpoint_every) as checkpoints:
         checkpoints.prepare()
         print(job.describe())
         done, carry = _start(job, checkpoints)
-        bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True)
-        with bar, workdir.Log(job.directory, done) as log, Stop() as stop:
+        where = None if launch.speaks() else sys.stdout  # which leads nowhere in the other processes
+        bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True, file=where)
+        with bar, launch.log(job.directory, done) as log, Stop(watch) as stop:
             done = _loop(job, carry, done, Saver(checkpoints, job.meta, done), log, stop, bar)
     if stop.signal is not None and done < c.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
@@ -215,8 +222,8 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
 
 def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
     c, k = job.config.train, check.steps_per_call(job.config, done)
-    step, rows = _make_step(job, k), jax.device_put(job.rows, train.mesh.replicated(job.mesh))
-    feed, draw = _feed(job, done, k), jax.jit(job.sampler)
+    step, rows = _make_step(job, k), train.mesh.place(job.rows, train.mesh.replicated(job.mesh))
+    feed, draw = _feed(job, done, k), jax.jit(job.sampler, out_shardings=train.mesh.replicated(job.mesh))
     unheard, first, since = [], True, (time.perf_counter(), done)
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
     while done < c.steps:
@@ -233,7 +240,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
         unheard.append((done, metrics["trouble"]))
         if first:
             first, since = False, _first_call(bar, metrics, since, k)
-        stopping = stop.signal is not None
+        stopping = stop.agreed() is not None
         end = _trouble(unheard, ahead=0 if stopping or any(_due(c, done).values()) else 1)
         if end is not None:
             carry, done, unheard = _go_back(job, carry["state"], end, saver), end, []
@@ -313,6 +320,8 @@ def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
     x0 = draw(params, keys, cond, job.model.null(c.num))
     text = {"step": done, "conditions": words, "solver": c.solver, "steps": c.steps, "scale": c.scale, "seed": c.seed}
     path = job.directory / "samples" / f"step_{done:08d}.png"
+    if not launch.speaks():
+        return
     with tolerated(str(path)):
         data.save_png(path, pictures.sheet(x0, words), text)
         tqdm.write(f"samples: {path}")
@@ -347,14 +356,14 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--config", default="emoji", help="a name below, or a path to a .py file (default: emoji)")
     parser.add_argument("--workdir", default="", help="where everything goes (default: runs/CONFIG)")
+    launch.add_options(parser)
     config, args = cli.parse(parser, argv)
     keep_memory()
     use_compile_cache()
-    job = Job(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
-    job.directory.mkdir(parents=True, exist_ok=True)
-    with workdir.locked(job.directory):
-        job.write_header()
-        return fit(job)
+    with launch.joined(args, config) as watch:
+        job = Job(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
+        with launch.opened(job.directory, config, job.info, job.write_header):
+            return fit(job, watch)
 
 
 if __name__ == "__main__":

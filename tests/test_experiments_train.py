@@ -21,6 +21,7 @@ from experiments import export as exporting
 from experiments import train as job
 from jaxdiff import data
 from jaxdiff.errors import CheckpointError, ConfigError
+from jaxdiff.train import hosts
 
 EMOJI = [
     "--config=emoji", "--config.data.size=8", "--config.net.channels=16", "--config.net.groups=8",
@@ -302,7 +303,7 @@ def test_two_trainings_in_one_workdir_are_refused(roll):
 
 
 def test_a_second_signal_acts_at_once():
-    with job.Stop() as stop:
+    with job.Stop(hosts.Watch()) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.signal == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

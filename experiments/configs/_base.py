@@ -70,6 +70,12 @@ def base() -> Config:
                 "seed": 0,
                 "prompts": (),  # for condition=caption; () = captions of the training set
             },
-            "mesh": {"data": -1, "fsdp": 1},  # -1 = all devices that are left
+            "mesh": {  # the devices of all hosts; -1 = all that are left
+                "data": -1,  # each on its share of the batch
+                "fsdp": 1,  # each with its share of the parameters, and of the batch
+                "tensor": 1,  # each with its share of the heads and hidden channels
+                "dead_after": 30.0,  # seconds without a sign of life from another process that end this one
+                "slow_after": 600.0,  # seconds that another process may stand still and be waited for
+            },
         }
     )

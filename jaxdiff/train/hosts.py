@@ -297,8 +297,8 @@ class Watch:
     def _end(self, why: str) -> NoReturn:
         self._over.set()
         print(
-            f"error: {HostError.__name__}: {why.rstrip('.')}. This process ({jax.process_index()}) ends too, with status {LOST}. "
-            "Start all processes again with the same command: the run resumes from its newest checkpoint.",
+            f"error: {HostError.__name__}: {why.rstrip('.')}. This process ({jax.process_index()}) ends too, "
+            f"with status {LOST}. Start all again with the same command: the run resumes from its newest checkpoint.",
             file=sys.stderr,
             flush=True,
         )
