@@ -118,7 +118,7 @@ def batches(
 
     index (steps, b) says which examples, in the order of `data.order`; image (steps, b, ...) comes with it where the
     pictures are streamed, read ahead while the device works: `reading` (ahead, workers, faults) is for `data.stream`.
-    Close it to end its workers. Raises DataError when too many pictures cannot be read.
+    Its workers end with it. Raises DataError when too many pictures cannot be read.
     """
     if isinstance(dataset, data.Dataset):
         sizes: Any = {"batch_size": batch_size, "num_examples": len(dataset), "skipped": dataset.skipped}

@@ -81,6 +81,7 @@ EMAS = {"constant": train.ema.constant, "warmed": train.ema.warmed, "half_life":
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BUCKETS = {"low": -10.0, "high": 10.0, "count": 10}  # of the log signal-to-noise ratio, in the loss log
 CONDITIONS = ("none", "label", "caption")
+GIVEN = {"dtype", "num_classes", "vector_dim", "token_dim", "kernel_init", "qkv_init"}  # of networks, by no config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,9 +216,10 @@ def _net(config: Config, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         raise cli.unknown("net.name", name, NETS)
     fields = inspect.signature(NETS[name] if isinstance(NETS[name], type) else nets.UNet).parameters
     accepted = set(fields) - {"parent", "name"}
-    for option in options:
-        if option not in accepted:
-            raise cli.unknown(f"option of net {name}:", option, accepted)
+    for option, value in options.items():
+        if option not in accepted - GIVEN:
+            raise cli.unknown(f"option of net {name}:", option, accepted - GIVEN)
+        cli.check_type(f"net.{option}", value, fields[option])
     if config.train.dtype not in DTYPES:
         raise cli.unknown("train.dtype", config.train.dtype, DTYPES)
     given: dict[str, Any] = {"dtype": DTYPES[config.train.dtype]}

@@ -244,7 +244,6 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
         end = _trouble(unheard, ahead=0 if stopping or any(_due(c, done).values()) else 1)
         if end is not None:
             carry, done, unheard = _go_back(job, carry["state"], end, saver), end, []
-            feed.close()
             feed, since = _feed(job, done, k), (time.perf_counter(), done)
         bar.update(done - bar.n)
         due = _due(c, done)
@@ -261,7 +260,6 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
             saver.save(carry, done, last=stopping or done == c.steps)
         if stopping:
             break
-    feed.close()
     return done
 
 

@@ -10,6 +10,7 @@ tensorboard/    the metrics again, where tensorboardX is installed
 
 import contextlib
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
@@ -24,11 +25,14 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from experiments import check as check_settings
 from experiments import cli
 from experiments.configs import Config
+from experiments.configs._base import base
 from experiments.saving import tolerated
 from jaxdiff.errors import CheckpointError, ConfigError, DataError
 
+MAX_JSON = 2**24  # bytes
 # Settings that do not change what is learned up to a step: a run may be resumed with others.
 FREE = (
     "data.memory_gb",
@@ -83,7 +87,7 @@ def check(workdir: Path, config: Config, info: dict[str, Any]) -> None:
             f"workdir {workdir} cannot be written: {error.strerror} ({parent}). Give another --workdir."
         ) from error
     if (workdir / "config.json").exists():
-        check_same(workdir, lasting(load_json(workdir / "config.json")), lasting(config.to_dict()))
+        check_same(workdir, lasting(_stored_config(workdir).to_dict()), lasting(config.to_dict()))
         _check_data(workdir, config, info)
     elif workdir.exists() and any(workdir.iterdir()):
         raise CheckpointError(
@@ -149,7 +153,7 @@ def check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def _check_data(workdir: Path, config: Config, info: dict[str, Any]) -> None:
-    old = load_json(workdir / "data.json") if (workdir / "data.json").exists() else info
+    old = _stored_info(workdir) if (workdir / "data.json").exists() else info
     for key in ("shape", "num_classes", "label_names") if config.condition == "label" else ("shape",):
         if old[key] != info[key]:
             raise DataError(
@@ -162,10 +166,16 @@ def _check_data(workdir: Path, config: Config, info: dict[str, Any]) -> None:
 
 def load_json(path: Path) -> Any:
     """Read a JSON file of a run; CheckpointError when it is damaged."""
+    if path.stat().st_size > MAX_JSON:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; at most {MAX_JSON:,} are read. Is it ours?")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}. Restore it, or give another --workdir.") from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, what: object) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged: {what!s:.300}. Restore it, or give another --workdir.")
 
 
 def load(workdir: Path) -> tuple[Config, dict[str, Any]]:
@@ -178,8 +188,47 @@ def load(workdir: Path) -> tuple[Config, dict[str, Any]]:
             f"{workdir} is not the workdir of a run (no config.json or data.json). Train one first: "
             "python -m experiments.train --config=emoji, or give --workdir=DIR."
         )
-    config = ConfigDict({k: _tuples(v) for k, v in load_json(workdir / "config.json").items()})
-    return config, load_json(workdir / "data.json")
+    return _stored_config(workdir), _stored_info(workdir)
+
+
+def _stored_config(workdir: Path) -> Config:
+    """That of config.json: every setting known and of its type; those that it is too old to have, at their defaults."""
+    path = workdir / "config.json"
+    values, config = _tuples(load_json(path)), base()
+    flat, known = cli.flatten(values if isinstance(values, dict) else {}), cli.flatten(config)
+    if not isinstance(flat.get("net.name"), str):
+        raise _damaged(path, "it names no network")
+    config.net = ConfigDict({"name": flat["net.name"]})
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        if parents == ["net"] and isinstance(value, int | float | str | tuple):
+            config.net[leaf] = value
+        elif key not in known or not check_settings.fits(value, known[key]):
+            raise _damaged(path, f"{key} = {value!r:.100} is no setting, or not of its type")
+        else:
+            functools.reduce(getattr, parents, config)[leaf] = value
+    return config
+
+
+def _stored_info(workdir: Path) -> dict[str, Any]:
+    """That of data.json, as inputs.describe made it."""
+    info = load_json(workdir / "data.json")
+    if not (
+        isinstance(info, dict)
+        and isinstance(info.get("name"), str)
+        and _counts(info.get("shape"), 1, 2**16)
+        and _counts([info.get("num_examples"), info.get("num_classes")], 0, 2**48)
+        and isinstance(info.get("label_names"), list)
+        and all(isinstance(name, str) for name in info["label_names"])
+    ):
+        raise _damaged(workdir / "data.json", "it is no description of data")
+    return info
+
+
+def _counts(values: Any, least: int, most: int) -> bool:
+    """Whether `values` is a short list of integers in that range."""
+    fit = isinstance(values, list) and all(type(value) is int and least <= value <= most for value in values)
+    return fit and 0 < len(values) <= 5
 
 
 def _tuples(value: Any) -> Any:
