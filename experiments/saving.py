@@ -52,7 +52,8 @@ class Saver:
 
     def _warn(self, done: int, error: SaveError) -> None:
         step, since = self.safe
+        minutes = (time.monotonic() - since) / 60
         tqdm.write(
-            f"warning: {error}\nThe run goes on, and tries again at the next save. A kill before that would cost the "
-            f"{done - step} steps after step {step}, {(time.monotonic() - since) / 60:.1f} minutes of work."
+            f"warning: {error}\nThe run goes on, and tries again at the next save. A kill before that would cost what "
+            f"was done since step {step}: {done - step} step(s), {minutes:.1f} minutes."
         )

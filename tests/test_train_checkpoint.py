@@ -1,12 +1,15 @@
 """Checkpoints: resumed runs are the uninterrupted run, and nothing that goes wrong loses an earlier step."""
 
 import dataclasses
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import warnings
 from collections import namedtuple
 
 import jax
@@ -18,6 +21,8 @@ from jaxdiff import train
 from jaxdiff.errors import CheckpointError, ConfigError
 from jaxdiff.train import Checkpoints
 from jaxdiff.train import mesh as mesh_lib
+from jaxdiff.train.checkpoint import SaveError
+from tests.oracles import reliability
 
 OPTIMIZER = train.adam(1e-2, warmup_steps=3)
 EMA = {"ema_0_99": 0.99}
@@ -46,13 +51,19 @@ def assert_same_bits(a, b):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory):
     """A directory with steps 1 and 2 of a small tree."""
-    with Checkpoints(tmp_path) as checkpoints:
+    directory = tmp_path_factory.mktemp("pristine")
+    with Checkpoints(directory) as checkpoints:
         for n in (1, 2):
             checkpoints.save({"w": jnp.full((300,), float(n))}, n, {"n": n})
-    return tmp_path
+    return directory
+
+
+@pytest.fixture
+def folder(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "steps")
 
 
 TEMPLATE = {"w": jax.ShapeDtypeStruct((300,), jnp.float32)}
@@ -259,6 +270,58 @@ def test_meta_and_names_that_cannot_be_saved_are_named(tmp_path):
     with pytest.raises(ConfigError, match="keep must be an integer >= 2, got 1"):
         Checkpoints(tmp_path, keep=1)
     assert list(tmp_path.iterdir()) == []
+
+
+def save_and_wait(checkpoints, n):
+    checkpoints.save({"w": jnp.full((300,), float(n))}, n, {"n": n})
+    checkpoints.wait()
+
+
+def assert_only_that_save_is_lost(checkpoints, failed):
+    """Of the steps 1, 2 and 3, two kept, the third could not be saved, or the first could not be deleted."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is damaged
+        for n in checkpoints.steps()[-2:]:
+            np.testing.assert_array_equal(checkpoints.restore(TEMPLATE, n)[0]["w"], np.full(300, n, np.float32))
+    assert checkpoints.steps()[-2:] == ([1, 2] if failed else [2, 3])
+    save_and_wait(checkpoints, 4)
+    assert sorted(path.name for path in checkpoints.directory.iterdir()) == (["2", "4"] if failed else ["3", "4"])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_refuses_at_any_point_of_a_save_costs_that_save_at_most(folder, tmp_path, monkeypatch, number):
+    """From one of ten of its 40 operations on, until the save has failed."""
+    failed = 0
+    for first in range(1, 41, 4):
+        checkpoints = Checkpoints(shutil.copytree(folder, tmp_path / str(first) / "checkpoints"), keep=2)
+        checkpoints.prepare()
+        with monkeypatch.context() as patch:
+            reliability.refuse(number, first, 10**6, patch.setattr)
+            with pytest.raises(SaveError, match=os.strerror(number)):
+                save_and_wait(checkpoints, 3)
+        for thread in threading.enumerate():
+            if thread.name.endswith("_handler"):  # of Orbax, which must not wait for what will never come
+                thread.join(9)
+                assert not thread.is_alive()
+        failed += 3 not in checkpoints.steps()
+        assert_only_that_save_is_lost(checkpoints, 3 not in checkpoints.steps())
+    assert 5 <= failed <= 9  # and in the others it was a deletion that failed
+
+
+def test_a_disk_that_is_really_full_costs_that_save_at_most(folder, tmp_path):
+    """With room for 0, 1, ... 9 of the twelve pages of a step."""
+    (tmp_path / "disk").mkdir()
+    try:
+        with reliability.disk(tmp_path / "disk") as disk:
+            for pages in range(10):
+                checkpoints, ballast = Checkpoints(shutil.copytree(folder, disk / str(pages)), keep=2), disk / "ballast"
+                ballast.write_bytes(bytes(shutil.disk_usage(disk).free - 4096 * pages))
+                with pytest.raises(SaveError, match=r"No space left|the disk has 0 MB left"):
+                    save_and_wait(checkpoints, 3)
+                ballast.unlink()
+                assert_only_that_save_is_lost(checkpoints, failed=True)
+    except PermissionError as error:
+        pytest.skip(str(error))
 
 
 LIMITED = """

@@ -106,6 +106,14 @@ def _finite(state: PyTree) -> Any:
     return jax.jit(_all_finite)(leaves) if leaves else True
 
 
+def _save_async(ocp: Any, folder: Path, state: PyTree, record: dict[str, Any]) -> Any:
+    context = ocp.Context()
+    # A folder that cannot be made is an error at once, and not one that threads of Orbax wait five minutes for.
+    context.asynchronous.create_directories_asynchronously = False
+    with context:
+        return ocp.save_async(str(folder), state, custom_metadata=record)
+
+
 class Checkpoints:
     """The checkpoints in one directory. Nothing is written, not even the directory, before `prepare` or `save`.
 
@@ -178,7 +186,7 @@ class Checkpoints:
         with self._writing():
             hosts.first("look at the space left", lambda: self._check_space(state))
             thread, finite = self._open(), _finite(state)
-            response = ocp.save_async(str(self._folder(step, "saving")), state, custom_metadata=record)
+            response = _save_async(ocp, self._folder(step, "saving"), state, record)
             self._saving = thread.submit(self._complete, response, step, finite, seal.digest(record["meta"]))
             self._started = step
         return True
