@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.text.layers import masked_mean
+from jaxdiff.text.layers import masked_mean, wide
 from jaxdiff.types import Array
 
 
@@ -76,5 +76,4 @@ class _Block(nn.Module):
 
 def _norm(x: Array, name: str) -> Array:
     """LayerNorm with statistics of at least float32, whatever the compute type."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    return nn.LayerNorm(dtype=wide, name=name)(x.astype(wide)).astype(x.dtype)
+    return nn.LayerNorm(dtype=wide(x), name=name)(x.astype(wide(x))).astype(x.dtype)

@@ -38,7 +38,7 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        h = x.astype(wide(x))
         affine = (1,) * (x.ndim - 1) + (-1,)
         if not self.rms:
             h = h - h.mean(axis=-1, keepdims=True)  # before the squares: their difference would lose digits
@@ -101,6 +101,11 @@ class MLP(nn.Module):
         return dense(x.shape[-1], "down")(h)
 
 
+def wide(x: Array) -> Any:
+    """The dtype for statistics of x: its own, but float32 for anything narrower."""
+    return x.dtype if jnp.finfo(x.dtype).bits >= 32 else jnp.float32
+
+
 def check(width: int, heads: int, act: str) -> None:
     """Raise ConfigError where `heads` does not divide `width` or the activation is unknown."""
     if heads < 1 or width % heads:
@@ -118,6 +123,6 @@ def check_ids(ids: Array, max_len: int | None) -> None:
 
 def masked_mean(tokens: Array, mask: Array) -> Array:
     """The mean of tokens (b, L, d) over the positions of mask (b, L)."""
-    weights = mask.astype(jnp.promote_types(tokens.dtype, jnp.float32))
+    weights = mask.astype(wide(tokens))
     total = jnp.einsum("bld,bl->bd", tokens.astype(weights.dtype), weights)
     return (total / jnp.maximum(weights.sum(axis=1, keepdims=True), 1e-9)).astype(tokens.dtype)
