@@ -6,6 +6,7 @@ Theirs is a ResNet-50 on ImageNet; `Classifier` is a small network for small pic
 beside that of the same classifier trained on as many real pictures.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,24 +40,26 @@ def _scaled(x: Array) -> Array:
 
 def fit(
     key: Key, net: nn.Module, images: Any, labels: Any, *, steps: int = 500, batch_size: int = 128,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 2e-3, augment: Callable[[Key, Array], Array] | None = None,
 ) -> PyTree:  # fmt: skip
     """Parameters of `net` after `steps` of Adam, its rate falling as a cosine to 0, on random batches.
 
-    Pictures uint8 or in [-1, 1] (n, h, w, c), labels (n,). Raises as `checks.check_images` and `check_labels`.
+    Pictures uint8 or in [-1, 1] (n, h, w, c), labels (n,); `augment(key, batch)` may change each batch.
+    Raises as `checks.check_images` and `check_labels`.
     """
     images = check_images("images", images)
     labels = check_labels("labels", labels, len(images)).astype(np.int32)
     steps = check_count("steps", steps, "500 is the default.")
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
-    key_init, key_order = jax.random.split(key)
+    key_init, key_order, key_augment = jax.random.split(key, 3)
 
     def loss(params: PyTree, x: Array, y: Array) -> Array:
         return optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(net.apply(params, _scaled(x))), y).mean()
 
     def step(params: PyTree, state: PyTree, i: Array, images: Array, labels: Array) -> tuple[PyTree, PyTree]:
         rows = jax.random.randint(jax.random.fold_in(key_order, i), (batch_size,), 0, len(labels))
-        updates, state = optimizer.update(jax.grad(loss)(params, images[rows], labels[rows]), state, params)
+        batch = images[rows] if augment is None else augment(jax.random.fold_in(key_augment, i), images[rows])
+        updates, state = optimizer.update(jax.grad(loss)(params, batch, labels[rows]), state, params)
         return optax.apply_updates(params, updates), state
 
     params = jax.jit(net.init)(key_init, jnp.zeros((1, *images.shape[1:])))
