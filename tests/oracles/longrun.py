@@ -155,12 +155,13 @@ def same_bits(root: Path, toy: list[str], steps: int, readings: list[Reading]) -
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What /proc says of a process."""
+    """What a run is using at one moment."""
 
     step: int
     resident: float  # MiB
     threads: int
     files: int
+    compiled: int
 
 
 def sample(pid: int, directory: Path) -> Sample | None:
@@ -168,27 +169,10 @@ def sample(pid: int, directory: Path) -> Sample | None:
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         files = len(os.listdir(f"/proc/{pid}/fd"))
-        resident = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
-        return Sample(logged(directory), resident, int(re.search(r"Threads:\s+(\d+)", status)[1]), files)
+        resident, threads = (int(re.search(rf"{name}:\s+(\d+)", status)[1]) for name in ("VmRSS", "Threads"))
     except (OSError, TypeError):
         return None
-
-
-def steady(root: Path, toy: list[str], steps: int, count: int) -> bool:
-    """Whether a long run with `count` workers stays as it is after its first tenth."""
-    directory, samples = root / f"steady{count}", []
-    every = [f"--config.train.{name}={max(10, steps // 20)}" for name in ("log_every", "checkpoint_every")]
-    run = start([*toy, *every, f"--config.train.steps={steps}", f"--config.data.workers={count}"], directory)
-    began, warm = time.monotonic(), None
-    while (now := sample(run.pid, directory)) and run.poll() is None:
-        samples.append(now)
-        if warm is None and now.step >= steps // 10:
-            warm = len(compiled(directory))
-        time.sleep(0.2)
-    finish(run, directory)
-    took = time.monotonic() - began
-    samples = [one for one in samples if steps // 10 <= one.step < steps]
-    return report(directory, samples, warm or 0, f"{steps} steps, {count} workers, {took:.0f} s")
+    return Sample(logged(directory), resident / 1024, threads, files, len(compiled(directory)))
 
 
 def compiled(directory: Path) -> list[str]:
@@ -196,23 +180,41 @@ def compiled(directory: Path) -> list[str]:
     return re.findall(r"Finished XLA compilation of (?:jit\()?([\w<>.]+)", said(directory))
 
 
-def report(directory: Path, samples: list[Sample], warm: int, name: str) -> bool:
-    """Print what a long run used; returns whether it was steady."""
-    names = compiled(directory)
+def steady(root: Path, toy: list[str], steps: int, count: int) -> bool:
+    """Whether a long run with `count` workers stays as it is after its first tenth."""
+    directory, samples = root / f"steady{count}", []
+    every = [f"--config.train.{name}={max(10, steps // 20)}" for name in ("log_every", "checkpoint_every")]
+    began = time.monotonic()
+    run = start([*toy, *every, f"--config.train.steps={steps}", f"--config.data.workers={count}"], directory)
+    while run.poll() is None:
+        now = sample(run.pid, directory)
+        samples += [now] if now and steps // 10 <= now.step < steps else []
+        time.sleep(0.05)
+    finish(run, directory)
+    print(f"steady: {steps} steps with {count} workers, {time.monotonic() - began:.0f} s, {len(samples)} looks")
+    return steady_samples(samples, compiled(directory))
+
+
+def steady_samples(samples: list[Sample], programs: list[str]) -> bool:
+    """Print what a long run used after its first tenth; returns whether it was steady.
+
+    A checkpoint being written takes threads and files for as long as that lasts; so what counts is the smallest
+    number of them in the first fifth of the looks and in the last, and that the largest does not grow by a tenth.
+    """
     resident = [one.resident for one in samples]
-    passed = True
-    first, last = samples[: len(samples) // 5], samples[-len(samples) // 5 :]
-    print(f"steady: {name}; {len(samples)} looks after the first tenth")
+    first, last = samples[: len(samples) // 5], samples[-(len(samples) // 5) :]
+    passed = max(resident) - min(resident) <= 32 and samples[0].compiled == samples[-1].compiled
     print(f"  resident memory {min(resident):.1f} to {max(resident):.1f} MiB")
-    passed &= max(resident) - min(resident) <= 32
     for what in ("threads", "files"):
-        counts = [collections.Counter(getattr(one, what) for one in part) for part in (first, last)]
-        usual = [count.most_common(1)[0][0] for count in counts]
-        print(f"  {what}: {usual[0]} at first, {usual[1]} at last; {sorted(counts[0] | counts[1])}")
-        passed &= usual[0] == usual[1]
-    print(f"  programs compiled: {len(names)}, the step {names.count('step')} time(s); later ones: {names[warm:]}")
-    sys.stdout.flush()
-    return passed and names.count("step") == 1
+        low, high = ([edge(getattr(one, what) for one in part) for part in (first, last)] for edge in (min, max))
+        passed &= low[0] == low[1] and high[1] <= 1.1 * high[0]
+        print(f"  {what} between saves: {low[0]} at first, {low[1]} at last; in a save {high[0]}, {high[1]}")
+    own = programs[: samples[0].compiled]
+    print(
+        f"  programs compiled before: {len(own)}, the step (run) among them {own.count('run')} time(s); after: ", end=""
+    )
+    print(samples[-1].compiled - samples[0].compiled, flush=True)
+    return passed and own.count("run") == 1
 
 
 def orphans(root: Path, toy: list[str], trials: int, rng: np.random.Generator) -> bool:
