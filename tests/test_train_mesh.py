@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jaxdiff import train
+from jaxdiff import nets, train
 from jaxdiff.errors import ConfigError
 from jaxdiff.train import mesh as mesh_lib
+from tests.oracles import hosts
 
 WIDTH = 64
 OPTIMIZER = train.adam(1e-2, clip_norm=1.0)
@@ -61,6 +62,62 @@ def test_eight_devices_equal_one(alone, data, fsdp, accumulate):
     assert state.params["w"].addressable_shards[0].data.size == WIDTH * WIDTH // fsdp
 
 
+@pytest.fixture(scope="module")
+def points():
+    training = hosts.Training(nets.MLP(width=64, depth=1), (2,))
+    return training, training.run((1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", hosts.MESHES.values(), ids=hosts.MESHES)
+def test_a_network_on_eight_devices_stays_beside_one_for_200_steps(points, sizes):
+    training, (expected, losses) = points
+    state, others = training.run(sizes)
+    assert abs(others - losses)[0] < 1e-6
+    assert hosts.distance(expected.params, state.params) < 1e-4
+    cut = state.params["params"]["in_0"]["kernel"].sharding.spec
+    assert ("tensor" in cut) == (sizes[2] > 1)
+    assert ("fsdp" in cut) == (sizes[1] > 1)
+
+
+def test_micro_batches_and_attention_under_a_mixed_mesh():
+    training = hosts.Training(nets.DiT(patch_size=4, width=64, depth=1, heads=4))
+    runs = [training.run(sizes, steps=2, accumulate=2) for sizes in ((1, 1, 1), (2, 2, 2))]
+    np.testing.assert_allclose(runs[0][1], runs[1][1], atol=1e-6)
+    assert hosts.distance(runs[0][0].params, runs[1][0].params) < 1e-4
+
+
+def test_heads_and_hidden_channels_of_every_network_are_cut_in_pairs():
+    mesh, x, time = mesh_lib.make(2, 1, 4), jnp.zeros((1, 8, 8, 3)), jnp.zeros((1,))
+    made = {
+        "unet": (nets.small(token_dim=64), {"tokens": jnp.zeros((1, 4, 64))}),
+        "dit": (nets.DiT(width=64, depth=1, heads=4, token_dim=64), {"tokens": jnp.zeros((1, 4, 64))}),
+    }
+    specs = {}
+    for name, (net, inputs) in made.items():
+        params = jax.eval_shape(lambda net=net, inputs=inputs: net.init(jax.random.key(0), x, time, **inputs))
+        for path, place in jax.tree_util.tree_leaves_with_path(mesh_lib.state_sharding(mesh, params["params"])):
+            specs[name + "/" + jax.tree_util.keystr(path, simple=True, separator="/")] = place.spec
+    outputs, inputs = P(None, "tensor"), P("tensor")
+    for block, expected in {
+        "unet/down_1_0/conv_in": P(None, None, None, "tensor"),
+        "unet/down_1_0/conv_out": P(None, None, "tensor"),
+        "unet/down_1_0/embedding": outputs,
+        "unet/down_1_0/attention/qkv": outputs,
+        "unet/down_1_0/attention/out": inputs,
+        "unet/down_1_0/cross/query": outputs,
+        "unet/down_1_0/cross/key_value": outputs,
+        "unet/down_1_0/cross/out": inputs,
+        "unet/out": P(),
+        "unet/stem": P(),
+        "dit/block_0/attention/qkv": outputs,
+        "dit/block_0/attention/out": inputs,
+        "dit/block_0/mlp_in": outputs,
+        "dit/block_0/mlp_out": inputs,
+        "dit/block_0/modulation": P(),
+    }.items():
+        assert specs[f"{block}/kernel"] == expected, block
+
+
 def test_template_is_the_state_without_its_numbers():
     mesh = mesh_lib.make(2, 4)
     template, state = mesh_lib.template(mesh, init), mesh_lib.born_sharded(mesh, init)
@@ -98,7 +155,8 @@ def test_minus_one_is_the_rest():
 
 
 @pytest.mark.parametrize(
-    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 8), (0, 8, 1), (-2, -4, 1), (2, 2, 3), (-1, 2, 0), (-1, 16, 1), (-2, -2, 2)]
+    "sizes",
+    [(3, 1, 1), (-1, 3, 1), (-1, -1, 8), (0, 8, 1), (-2, -4, 1), (2, 2, 3), (-1, 2, 0), (-1, 16, 1), (-2, -2, 2)],
 )
 def test_sizes_that_do_not_fit_are_named(sizes):
     data, fsdp, tensor = sizes

@@ -2,7 +2,7 @@
 
     start    joins them by jax.distributed: SLURM, GKE, Cloud TPU and Open MPI say by themselves who is who
     first    process 0 acts, and all learn the outcome
-    Watch    every process says each second that it lives and how far it is, and reads what the others say
+    Watch    every process says once a second that it lives and how far it is, and reads what the others say
 
 A process is dead when it has said nothing for `dead_after` seconds, slow when it is behind and has not moved for
 `slow_after`, and gone when it said why it ends. The others cannot go on, and wait inside a collective that no exception
@@ -179,9 +179,9 @@ class Watch:
     others; it is held back for a moment first, since it may be the echo of a death that has not been noticed yet.
     """
 
-    def __init__(self, *, dead_after: float = 30.0, slow_after: float = 600.0, every: float = 1.0):
+    def __init__(self, *, dead_after: float = 30.0, slow_after: float = 600.0):
         self._many = started()
-        self._dead_after, self._slow_after, self._every = dead_after, slow_after, every
+        self._dead_after, self._slow_after, self._every = dead_after, slow_after, min(1.0, dead_after / 30)
         self._peers = {i: _Peer() for i in range(jax.process_count()) if i != jax.process_index()}
         self._lock = threading.Lock()
         self._moves, self._moved = 0, time.monotonic()
