@@ -12,6 +12,7 @@ places). A tensor is read only when it is asked for, by plain reads: a file cut 
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,8 +27,10 @@ STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth", ".h5", ".msgpack")
 MAX_JSON = 2**22
 """No config or index of a published model comes near this many bytes; more is refused before it is read."""
+MAX_VALUES = 4000
+"""How many values a JSON file may hold beside one for each 48 bytes: '[[],[],...' would take 20 times its size."""
 
-_MAGIC = (b"PK\x03\x04", b"\x89HDF", b"\x93NUMPY", *(b"\x80" + bytes([protocol]) for protocol in range(1, 6)))
+_MAGIC = (b"PK\x03\x04", b"\x89HDF", b"\x93NUMPY", *(b"\x80" + bytes([protocol]) for protocol in range(2, 6)))
 _DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2, "BOOL": np.bool_,
@@ -36,7 +39,7 @@ _DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Tensor:
     """A tensor that is still on the disk; `np.asarray(tensor)` reads it."""
 
@@ -47,7 +50,7 @@ class Tensor:
     offset: int
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        count = int(np.prod(self.shape, dtype=np.int64))
+        count = math.prod(self.shape)
         try:
             array = np.fromfile(self.path, self.dtype, count, offset=self.offset)
         except OSError as error:
@@ -78,7 +81,10 @@ def config(path: str | os.PathLike, name: str = "config.json") -> dict[str, Any]
     if path.stat().st_size > MAX_JSON:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no {name} has more than {MAX_JSON:,}.")
     try:
-        value = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES + len(text) // 48:
+            raise ValueError("it holds more values than any config does")
+        value = json.loads(text.decode())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}. Get it again.") from error
     if not isinstance(value, dict):
@@ -143,21 +149,20 @@ def _read_one(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     _check_kind(path, ".safetensors")
+    tensors = {}
     try:
         with path.open("rb") as file:
             position = 8 + int.from_bytes(file.read(8), "little")
         with safe_open(path, framework="np") as header:
-            slices = [(name, header.get_slice(name)) for name in header.offset_keys()]
-            entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices]
+            for name in header.offset_keys():
+                part = header.get_slice(name)
+                dtype, shape = np.dtype(_DTYPES[part.get_dtype()]), tuple(part.get_shape())
+                tensors[name] = Tensor(path, name, dtype, shape, position)
+                position += math.prod(shape) * dtype.itemsize
+    except KeyError as error:
+        raise CheckpointError(f"{path}: {name} has the type {error}; known are {', '.join(_DTYPES)}.") from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not a safetensors file or is damaged: {error}. Get it again.") from error
-    tensors = {}
-    for name, kind, shape in entries:
-        if kind not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} has the type {kind}; known are {', '.join(_DTYPES)}.")
-        dtype = np.dtype(_DTYPES[kind])
-        tensors[name] = Tensor(path, name, dtype, shape, position)
-        position += int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     return tensors
 
 
@@ -165,12 +170,15 @@ def _check_kind(path: Path, suffix: str) -> None:
     """A regular file of the right name that does not begin as a pickle does."""
     if path.suffix in PICKLES:
         _refuse(path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise CheckpointError(f"there is no file {path}.")
     if path.suffix != suffix:
         raise CheckpointError(f"{path} must be a {suffix} file; only .safetensors and .json are read.")
-    with path.open("rb") as file:
-        head = file.read(9)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
     if head.startswith(_MAGIC) and head[8:] != b"{":  # the low bytes of a header's length may look like anything
         _refuse(path)
 

@@ -31,6 +31,9 @@ Source = str | os.PathLike | Mapping[str, Any]
 Shardings = Callable[[PyTree], PyTree]
 """From a tree of shapes to one of shardings, as `train.mesh.state_sharding`: each leaf is born where it belongs."""
 
+MAX_LAYERS = 256
+"""No published text encoder has more; a damaged config must not keep the machine building layers."""
+
 _POSITIONS = ("*position_ids",)
 
 
@@ -50,10 +53,8 @@ def clip_text(
     """
     tensors, settings = _open(source, config, variant)
     tensors = keys.strip({n: t for n, t in tensors.items() if not n.startswith(("vision", "visual"))}, "text_model.")
-    projection = next((tensors[n] for n in ("text_projection.weight", "text_projection") if n in tensors), None)
+    projection = _size(tensors, "text_projection.weight", 0) or _size(tensors, "text_projection", 1)
     get = _reader(settings.get("text_config", settings))
-    if projection is not None:
-        projection = int(projection.shape[0 if "text_projection.weight" in tensors else -1])
     model = CLIPText(
         get("vocab_size", 49408), get("hidden_size", 512), get("num_hidden_layers", 12), get("num_attention_heads", 8),
         get("intermediate_size", 2048), get("max_position_embeddings", 77), get("hidden_act", "quick_gelu"),
@@ -61,7 +62,7 @@ def clip_text(
     )  # fmt: skip
     beyond = (f"transformer.resblocks.{i}.*" for i in range(model.depth, model.depth + 8))
     ignore = (*_POSITIONS, "logit_scale", "attn_mask", *beyond)
-    return model, _load(model, tensors, _clip_text_table(), ignore, shardings)
+    return model, _load(model, tensors, clip_text_table(), ignore, shardings)
 
 
 def clip_vision(
@@ -75,12 +76,11 @@ def clip_vision(
     """A CLIP picture encoder and its parameters, as `clip_text`; from its own folder or from a whole CLIP's."""
     tensors, settings = _open(source, config, variant)
     tensors = keys.strip({n: t for n, t in tensors.items() if not n.startswith("text")}, "vision_model.")
-    projection = tensors.get("visual_projection.weight")
     get = _reader(settings.get("vision_config", settings))
     model = CLIPVision(
         get("image_size", 224), get("patch_size", 32), get("hidden_size", 768), get("num_hidden_layers", 12),
         get("num_attention_heads", 12), get("intermediate_size", 3072), get("hidden_act", "quick_gelu"),
-        get("layer_norm_eps", 1e-5), None if projection is None else int(projection.shape[0]), dtype,
+        get("layer_norm_eps", 1e-5), _size(tensors, "visual_projection.weight", 0), dtype,
     )  # fmt: skip
     return model, _load(model, tensors, _clip_vision_table(), (*_POSITIONS, "logit_scale"), shardings)
 
@@ -166,11 +166,20 @@ def _reader(config: Any) -> Callable[[str, Any], Any]:
     def get(name: str, default: Any) -> Any:
         value = config.get(name, default)
         fits = isinstance(value, type(default)) or (isinstance(default, float) and isinstance(value, int))
-        if isinstance(value, bool) or not fits or (not isinstance(value, str) and not 0 < value < 2**24):
+        most = MAX_LAYERS if name.endswith("layers") else 2**24
+        if isinstance(value, bool) or not fits or (not isinstance(value, str) and not 0 < value <= most):
             raise CheckpointError(f"config.json: {name} must be like {default!r}, got {value!r}. Get the file again.")
         return value
 
     return get
+
+
+def _size(tensors: Mapping[str, Any], name: str, axis: int) -> int | None:
+    """How wide a matrix is, or None where there is none."""
+    tensor = tensors.get(name)
+    if tensor is not None and (len(tensor.shape) != 2 or tensor.shape[axis] < 1):
+        raise CheckpointError(f"the weights are damaged: {name} must be a matrix, and has {tuple(tensor.shape)}.")
+    return None if tensor is None else int(tensor.shape[axis])
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Any], table: list[Rule], ignore: Any, shardings: Any) -> PyTree:
@@ -220,7 +229,8 @@ _BERT_BLOCK = {
 }  # fmt: skip
 
 
-def _clip_text_table() -> list[Rule]:
+def clip_text_table() -> list[Rule]:
+    """The names of a CLIP text encoder, without their prefix text_model., and OpenCLIP's."""
     return [
         Rule("token_embedding/embedding", "embeddings.token_embedding.weight"),
         Rule("positions", "embeddings.position_embedding.weight"),
@@ -338,7 +348,7 @@ def _bert_config(model: Bert) -> dict[str, Any]:
 
 
 _EXPORTS: dict[type, tuple[Callable[[Any], list[Rule]], Callable[[Any], dict[str, Any]], str, tuple[str, ...]]] = {
-    CLIPText: (lambda _: _clip_text_table(), _clip_text_config, "text_model.", ("text_projection.weight",)),
+    CLIPText: (lambda _: clip_text_table(), _clip_text_config, "text_model.", ("text_projection.weight",)),
     CLIPVision: (lambda _: _clip_vision_table(), _clip_vision_config, "vision_model.", ("visual_projection.weight",)),
     T5Encoder: (_t5_table, _t5_config, "", ()),
     Bert: (lambda _: _bert_table(), _bert_config, "", ()),

@@ -58,6 +58,10 @@ class T5Encoder(nn.Module):
     def _check(self, ids: Array, mask: Array | None) -> None:
         layers.check(self.heads * self.head_dim, self.heads, self.act)
         layers.check_ids(ids, None)
+        if self.buckets < 4 or self.max_distance <= self.buckets // 4:
+            raise ConfigError(
+                f"buckets must be >= 4, max_distance > buckets / 4, got {self.buckets}, {self.max_distance}."
+            )
         if mask is not None and (mask.shape != ids.shape or mask.dtype != bool):
             raise ConfigError(f"mask must be bool {ids.shape} as the ids, got {mask.dtype} {mask.shape}.")
 
