@@ -3,6 +3,7 @@
 python -m experiments.sample --workdir=runs/emoji --prompt "red heart" --num 16 --seed 0 --out grid.png
 python -m experiments.sample --workdir=runs/emoji --prompt "cat" "dog" --num 4 --each pictures/
 python -m experiments.sample --workdir=runs/mnist --label 7 --num 16
+python -m experiments.sample --pretrained DIR --prompt "a red house" --solver unipc --steps 20 --scale 7.5 --out x.png
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from experiments import cli, pictures, trained
+from experiments import cli, pictures, pretrained, trained
 from experiments import model as models
 from experiments.configs import Config
 from experiments.train import use_compile_cache
@@ -28,34 +29,43 @@ def _parser() -> argparse.ArgumentParser:
         description="Make pictures with a trained model. The same seed gives the same picture at any --num.",
     )
     add = parser.add_argument
-    add("--workdir", required=True, help="the directory of the training run")
+    add("--workdir", help="the directory of the training run")
+    add("--pretrained", help="instead: a Stable Diffusion 1, 2 or XL, as the folder that diffusers writes")
+    add("--variant", help="with --pretrained: the files to read, e.g. fp16")
+    add("--half", action="store_true", help="with --pretrained: compute in bfloat16")
+    add("--size", nargs=2, type=int, help="with --pretrained: height and width (default: as it was trained)")
     add("--prompt", nargs="+", action="extend", default=[], help="what to draw; several prompts give a row each")
     add("--negative", default="", help="what not to draw: guidance goes away from it")
     add("--label", nargs="+", type=int, action="extend", default=[], help="classes to draw, for a model of classes")
-    add("--num", type=int, default=16, help="pictures per prompt or class (default: 16)")
+    add("--num", type=int, help="pictures per prompt or class (default: 16, of --pretrained 1)")
     add("--seed", type=int, default=0, help="the seed of the first picture; the next ones count up (default: 0)")
     add("--seeds", nargs="+", type=int, help="the seed of every picture, instead of --seed and --num")
     add("--steps", type=int, help="solver steps (default: as the config)")
     add("--solver", help="name or 'name(option=value)' (default: as the config)")
     add("--grid", help="time grid, name or 'name(option=value)' (default: as the config)")
     add("--scale", type=float, help="guidance; 1 is off (default: as the config)")
-    add("--batch", type=int, default=16, help="pictures at once (default: 16)")
+    add("--batch", type=int, help="pictures at once (default: 16, of --pretrained 1)")
     add("--checkpoint", type=int, help="the training step to use (default: the newest)")
     add("--out", default="grid.png", help="the picture of all samples (default: grid.png)")
     add("--each", help="a directory to write every sample to, as a file of its own")
     return parser
 
 
-def settings(args: argparse.Namespace, config: Config) -> Config:
-    """The sampling settings of the run, with those of the command line put over them."""
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise ConfigError for numbers that are too small or too large."""
     for name, least in (("num", 1), ("steps", 1), ("batch", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name} must be an integer >= {least}, got {value}.")
-    if args.num > 100_000:
+    if args.num is not None and args.num > 100_000:
         raise ConfigError(
             f"--num must be at most 100000, got {args.num}. Make them in several calls with other --seed."
         )
+
+
+def settings(args: argparse.Namespace, config: Config) -> Config:
+    """The sampling settings of the run, with those of the command line put over them."""
+    check_numbers(args)
     chosen = ConfigDict(config.sample.to_dict())
     for name in ("steps", "solver", "grid", "scale"):
         if getattr(args, name) is not None:
@@ -113,16 +123,23 @@ def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     args = cli.parse_args(_parser(), argv)
     use_compile_cache()
+    if (args.workdir is None) == (args.pretrained is None):
+        raise ConfigError("give either --workdir, of a training run, or --pretrained, a published model.")
+    if args.pretrained is not None:
+        check_numbers(args)
+        pretrained.check(args)
+        check_outputs(args)
+        return pretrained.run(args)
     loaded = trained.load(Path(args.workdir), args.checkpoint)
     chosen = settings(args, loaded.config)
-    per = args.seeds or list(range(args.seed, args.seed + args.num))
+    per = args.seeds or list(range(args.seed, args.seed + (args.num or 16)))
     cond, words = conditions(loaded, args, len(per))
     note_unknown_words(loaded, [*args.prompt, args.negative])
     seeds = per * (len(words) // len(per))
     trained.check_seeds(seeds)
     check_outputs(args)
     null = loaded.model.captions([args.negative] * len(words)) if args.negative else loaded.model.null(len(words))
-    x0 = trained.draw(loaded, chosen, cond, null, seeds, args.batch)
+    x0 = trained.draw(loaded, chosen, cond, null, seeds, args.batch or 16)
     write(args, loaded, chosen, x0, words, seeds)
     return 0
 

@@ -79,6 +79,11 @@ def network(config: Mapping[str, Any], *, dtype: Any = None) -> SDUNet:
     return net
 
 
+def sample_size(config: Mapping[str, Any]) -> int:
+    """The height, and width, of the latents that it was trained on."""
+    return Settings(config).integer("sample_size", 64)
+
+
 def shared(read: Settings) -> dict[str, Any]:
     """The settings that UNet2DConditionModel and UNet2DModel have in common."""
     for name, allowed in _ONLY.items():
