@@ -116,6 +116,7 @@ class Pair:
     def start(self, count: int = 2, devices: int = 2) -> None:
         """Start the processes; one alone needs no coordinator."""
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "TQDM_DISABLE": "1"}
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.values["jax_compilation_cache_dir"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
