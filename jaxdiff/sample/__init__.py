@@ -78,7 +78,7 @@ def sample(
     any place of any batch. x: (b, ...), noise at times[0], see `process.prior`; arithmetic is float32 at the least.
     times: N + 1 decreasing values in [0, 1]; as an argument of your jit they are not checked, and do not recompile.
     Returns x (b, ...), or (x, trajectory (N + 1, b, ...)). callback(steps_done, num_steps) is called on the host.
-    Raises ConfigError for unusable times, keys, or a denoiser that changes the shape.
+    Raises ConfigError for unusable times, keys or solvers, or a denoiser that changes the shape.
     """
     return _run(key, denoise, x, times, solver, 1, return_trajectory, callback)
 
