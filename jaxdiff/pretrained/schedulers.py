@@ -7,6 +7,7 @@
 Indices stay real numbers where theirs are rounded. Lin et al. 2024 (table 2; zero terminal SNR).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -74,6 +75,7 @@ def read(config: Mapping[str, Any]) -> Chain:
 _SPACING = {"DDIMScheduler": "leading", "DDPMScheduler": "leading", "PNDMScheduler": "leading"}
 
 
+@functools.cache  # so that two models of one chain are equal
 def whole_index(T: int) -> TimeInput:
     """`denoise.time_index`, exact where it is a whole number: float32 holds t, and so the index, only to 1e-4."""
     index_of = time_index(T)
