@@ -6,7 +6,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +79,44 @@ def test_tfds_is_read_without_tensorflow(tfds_dir, tmp_path, monkeypatch):
     assert len(data.tfds("tiny", "train[2:5]", tfds_dir)) == 3
     assert data.tfds("tiny", data_dir=tfds_dir, size=3).images.shape == (7, 3, 3, 3)
     assert "tensorflow" not in sys.modules
+
+
+def test_tfds_skips_damaged_records(tfds_dir, tmp_path):
+    """One whose picture is cut short, one that is no tf.Example at all."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    shutil.copytree(tfds_dir, tmp_path / "sets")
+    shard = tmp_path / "sets" / "tiny" / "1.0.0" / "tiny-train.array_record-00000-of-00001"
+    out = ArrayRecordWriter(str(shard), "group_size:1")
+    for i, image in enumerate(PICTURES):
+        example = tf_example_pb2.Example()
+        example.features.feature["image"].bytes_list.value.append(png(image)[: 60 if i == 0 else None])
+        example.features.feature["label"].int64_list.value.append(i % 3)
+        out.write(b"\xff\xfe" if i == 4 else example.SerializeToString())
+    out.close()
+    with pytest.warns(UserWarning, match="records skipped"):
+        found = data.tfds("tiny", data_dir=tmp_path / "sets")
+    assert list(found.skipped) == [0, 4]
+    good = [1, 2, 3, 5, 6]
+    np.testing.assert_array_equal(found.images[good], PICTURES[good])
+    assert found.labels[good].tolist() == [1, 2, 0, 2, 0]
+    whole = shard.read_bytes()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        middle = whole.index(png(PICTURES[2])) + 50
+        shard.write_bytes(whole[:middle] + bytes(20) + whole[middle + 20 :])
+        assert list(data.tfds("tiny", data_dir=tmp_path / "sets").skipped) == [0, 2, 4]
+        for broken in (whole[: len(whole) // 2], b"", b"text"):
+            shard.write_bytes(broken)
+            with pytest.raises(DataError, match="5 of 7 records"):
+                data.tfds("tiny", data_dir=tmp_path / "sets")
+
+
+@pytest.mark.parametrize("name", ["../tiny", "/etc/tiny", "tiny/../..", "a b", ""])
+def test_tfds_takes_names_only(tfds_dir, name):
+    with pytest.raises((ConfigError, DataError)):
+        data.tfds(name, data_dir=tfds_dir)
 
 
 def test_tfds_says_what_to_type(tfds_dir, tmp_path):

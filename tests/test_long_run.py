@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 
+import jax
 import pytest
 
 from tests.oracles import longrun
@@ -14,9 +15,10 @@ pytestmark = [
 CALM = [longrun.Sample(step, 600 + step / 1000, 40 + 10 * (step % 7 == 0), 9, 30) for step in range(1000, 10_000, 9)]
 
 
-def test_any_number_of_workers_ends_in_the_same_bits(tmp_path):
+def test_any_number_of_workers_ends_in_the_same_bits(tmp_path, monkeypatch):
     """In fresh processes; one of the two workers is killed on the way."""
     pytest.importorskip("grain", reason="needs jaxdiff[grain]")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", jax.config.values["jax_compilation_cache_dir"])
     readings = [longrun.Reading(0, 16), longrun.Reading(2, 3, killed=True)]
     assert longrun.same_bits(tmp_path, longrun.pictures(tmp_path), 20, readings)
 

@@ -6,7 +6,7 @@
 Every picture is turned upright, laid on white where it is transparent, cropped to its centre square and scaled.
 Palettes, CMYK and the other 8-bit kinds are converted as Pillow does; of 16 bits the upper 8 are kept, of an animation
 the first picture. Not read, and so skipped (see `faults`): pixels of 32 bits, whose range nobody states; more than
-MAX_PIXELS, which is asked of the header before anything is decoded; whatever is damaged, or of another format.
+MAX_PIXELS or MAX_BYTES, which is asked before anything is decoded; whatever is damaged, or of another format.
 """
 
 import concurrent.futures
@@ -27,7 +27,7 @@ from jaxdiff.data import faults
 from jaxdiff.data.dataset import Dataset
 from jaxdiff.errors import ConfigError, DataError
 
-MAX_PIXELS = 2**26  # of a picture: 8192 x 8192
+MAX_PIXELS, MAX_BYTES = 2**26, 2**28  # of a picture: 8192 x 8192, and of its file
 MAX_LINE = 2**20  # bytes of a line of metadata.jsonl
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow would hand others to programs such as Ghostscript
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -142,6 +142,8 @@ def fit(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
 
 def _read(path: Path, size: int, channels: int) -> np.ndarray:
     """Three times where the system and not the picture is at fault: a network drive may stumble."""
+    if path.stat().st_size > MAX_BYTES:
+        raise DataError(f"it has {path.stat().st_size:,} bytes, more than {MAX_BYTES:,}; make it smaller")
     for pause in (0.1, 1.0, None):
         try:
             with Image.open(path, formats=FORMATS) as picture:

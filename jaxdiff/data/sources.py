@@ -123,18 +123,21 @@ def _read_examples(
 
 def _examples(source: Any, name: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     """Every example, read by the thousand; where one of them cannot be read, one by one, and what is wrong with it."""
+    from google.protobuf.message import DecodeError  # comes with tensorflow-datasets
+
+    unreadable = (*UNREADABLE, DecodeError)
     for start in range(0, len(source), 1000):
         indices = range(start, min(start + 1000, len(source)))
         try:
             yield from zip(indices, source.__getitems__(indices), strict=True)
-        except UNREADABLE:
-            yield from ((i, _example(source, i, name)) for i in indices)
+        except unreadable:
+            yield from ((i, _example(source, i, name, unreadable)) for i in indices)
 
 
-def _example(source: Any, index: int, name: str) -> dict[str, Any] | str:
+def _example(source: Any, index: int, name: str, unreadable: tuple[type[Exception], ...]) -> dict[str, Any] | str:
     try:
         return source[index]
-    except UNREADABLE as error:
+    except unreadable as error:
         return f"record {index} of {name} cannot be read: {error!r:.300}"
 
 

@@ -61,7 +61,7 @@ def pictures(root: Path, count: int = 300) -> list[str]:
 def start(arguments: list[str], directory: Path) -> subprocess.Popen:
     """A training of its own; what it says goes beside its workdir."""
     settings = {"JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1", "JAX_LOG_COMPILES": "1", "PYTHONPATH": str(ROOT)}
-    settings |= {"JAX_COMPILATION_CACHE_DIR": str(directory.parent / "cache")}
+    settings |= {"JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{directory.parent}/cache")}
     command = [sys.executable, "-m", "experiments.train", *arguments, f"--workdir={directory}"]
     with directory.with_suffix(".txt").open("w") as out:
         return subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | settings, cwd=directory.parent)
@@ -209,11 +209,9 @@ def steady_samples(samples: list[Sample], programs: list[str]) -> bool:
         low, high = ([edge(getattr(one, what) for one in part) for part in (first, last)] for edge in (min, max))
         passed &= low[0] == low[1] and high[1] <= 1.1 * high[0]
         print(f"  {what} between saves: {low[0]} at first, {low[1]} at last; in a save {high[0]}, {high[1]}")
-    own = programs[: samples[0].compiled]
-    print(
-        f"  programs compiled before: {len(own)}, the step (run) among them {own.count('run')} time(s); after: ", end=""
-    )
-    print(samples[-1].compiled - samples[0].compiled, flush=True)
+    own, late = programs[: samples[0].compiled], samples[-1].compiled - samples[0].compiled
+    print(f"  compiled: {len(own)} programs, the step {own.count('run')} time(s); after the first tenth: {late}")
+    sys.stdout.flush()
     return passed and own.count("run") == 1
 
 
