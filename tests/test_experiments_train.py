@@ -177,19 +177,21 @@ def test_sampling_needs_a_run(tmp_path):
         sample.run([f"--workdir={tmp_path}"])
 
 
-def test_evaluate_writes_the_figure(emoji):
-    assert evaluate.run([f"--workdir={emoji}", "--num=4", "--steps=1"]) == 0
-    figure = json.loads((emoji / "evaluate.json").read_text())
-    assert figure["chance"] == 5 / 1906
+def test_evaluate_writes_the_figure_of_the_prompts(emoji, capsys):
+    argv = [f"--workdir={emoji}", "--num=66", "--batch=64", "--steps=1", "--prompts=4", "--top=3"]
+    assert evaluate.run([*argv, "--reference=500"]) == 0
+    figure = json.loads((emoji / "evaluate.json").read_text())["prompts"]
+    assert figure["chance"] == 3 / 1906
     assert len(figure["ranks"]) == 4
-    assert figure["recall_at_5"] == sum(rank < 5 for rank in figure["ranks"]) / 4
+    assert figure["recall_at_3"] == sum(rank < 3 for rank in figure["ranks"]) / 4
+    assert f"own picture in the top 3: {figure['recall_at_3']:.1%} of 4 prompts" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["--top=0"], ["--top=1907"], ["--num=0"], ["--seed=-1"], []])
+@pytest.mark.parametrize("argv", [["--top=0"], ["--top=1907"], []])
 def test_evaluate_refuses_before_it_draws(emoji, argv, monkeypatch):
     if not argv:
         monkeypatch.setattr(cli.tempfile, "NamedTemporaryFile", _read_only)
-    monkeypatch.setattr(trained, "draw", lambda *_: pytest.fail("drawing began"))
+    monkeypatch.setattr(evaluate.Evaluation, "floors", lambda *_: pytest.fail("measuring began"))
     with pytest.raises((ConfigError, OSError), match=argv[0].split("=")[0] if argv else "Read-only"):
         evaluate.run([f"--workdir={emoji}", *argv])
 
