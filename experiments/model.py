@@ -81,7 +81,15 @@ EMAS = {"constant": train.ema.constant, "warmed": train.ema.warmed, "half_life":
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BUCKETS = {"low": -10.0, "high": 10.0, "count": 10}  # of the log signal-to-noise ratio, in the loss log
 CONDITIONS = ("none", "label", "caption")
-GIVEN = {"dtype", "num_classes", "vector_dim", "token_dim", "kernel_init", "qkv_init"}  # of networks, by no config
+GIVEN = {
+    "dtype",
+    "num_classes",
+    "vector_dim",
+    "token_dim",
+    "remat",
+    "kernel_init",
+    "qkv_init",
+}  # of networks, by no config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +231,10 @@ def _net(config: Config, shape: tuple[int, ...], num_classes: int) -> nn.Module:
     if config.train.dtype not in DTYPES:
         raise cli.unknown("train.dtype", config.train.dtype, DTYPES)
     given: dict[str, Any] = {"dtype": DTYPES[config.train.dtype]}
+    if config.train.remat != "none":
+        if "remat" not in accepted:
+            raise ConfigError(f"net {name} keeps all of its forward pass. Type --config.train.remat=none.")
+        given["remat"] = config.train.remat
     if num_classes:
         given["num_classes"] = num_classes
     if config.condition == "caption":

@@ -42,6 +42,7 @@ FREE = (
     "train.sample_every",
     "train.checkpoint_every",
     "train.keep",
+    "train.remat",
     "sample.",
     "mesh.",
 )

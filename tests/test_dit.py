@@ -94,14 +94,31 @@ def test_bfloat16_remat_and_eager_agree(text_net):
     full = apply(x, time, **inputs)
     np.testing.assert_allclose(net.apply(params, x, time, **inputs), full, rtol=1e-3, atol=1e-3)
     with jax.numpy_dtype_promotion("standard"):  # jax.nn.dot_product_attention itself promotes
-        half = jax.jit(net.clone(dtype=jnp.bfloat16, remat=True).apply)(params, x, time, **inputs)
+        half = jax.jit(net.clone(dtype=jnp.bfloat16, remat="full").apply)(params, x, time, **inputs)
     assert half.dtype == jnp.float32
     assert 1e-5 < np.sqrt(np.mean(np.square(half - full)) / np.mean(np.square(full))) < 0.05
+
+
+def test_remat_policies_give_the_same_gradient_and_compute_again_what_they_say(text_net):
+    net, params, _, x, time, inputs = text_net
+
+    def gradient(remat):
+        def loss(params):
+            return jnp.mean(jnp.square(net.clone(remat=remat).apply(params, x, time, **inputs)))
+
+        return jax.grad(loss)
+
+    products = {r: str(jax.make_jaxpr(gradient(r))(params)).count("dot_general") for r in ("none", "dots", "full")}
+    assert products["none"] <= products["dots"] < products["full"]
+    whole, *others = (jax.jit(gradient(remat))(params) for remat in products)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), whole, other)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"remat": "some"}, "remat must be one of none, full, dots, got 'some'"),
         ({"width": 20, "heads": 2}, "of 8, got 20"),
         ({"width": 16, "heads": 3}, r"multiple of heads \(3\)"),
         ({"depth": 0}, "depth must be an integer >= 1, got 0"),

@@ -31,6 +31,16 @@ def test_points_cannot_be_flipped():
         models.build(config, {"shape": (2,), "num_classes": 0}, None)
 
 
+def test_what_is_computed_again_is_a_setting_of_training():
+    config = cli.load_config("mnist")
+    config.train.remat = "dots"
+    assert models.build(config, {"shape": (4, 4, 1), "num_classes": 10}, None).net.remat == "dots"
+    config = cli.load_config("swissroll")
+    config.train.remat = "full"
+    with pytest.raises(ConfigError, match=r"--config\.train\.remat=none"):
+        models.build(config, {"shape": (2,), "num_classes": 0}, None)
+
+
 @pytest.mark.parametrize("name", ["mnist", "emoji"])
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
 def test_conditions_are_dropped_per_example_and_at_their_rate(name, rate, tmp_path):

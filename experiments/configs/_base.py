@@ -51,6 +51,7 @@ def base() -> Config:
                 "steps": 100_000,
                 "accumulate": 1,  # micro-batches per step
                 "steps_per_call": 10,  # optimizer steps per dispatch to the device
+                "remat": "none",  # none | full | dots: what each block computes again to spare memory; the same numbers
                 "dtype": "float32",  # float32 | bfloat16: what the network computes in; parameters stay float32
                 "ema": "warmed(decay=0.9999)",  # constant(decay=) | warmed(decay=) | half_life(examples=, ramp=)
                 "log_every": 100,

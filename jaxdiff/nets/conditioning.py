@@ -204,9 +204,22 @@ def check_common(dropout: float, dtype: Any) -> None:
         raise ConfigError(f"dtype must be a floating dtype or None, got {dtype!r}. Use jnp.bfloat16 or jnp.float32.")
 
 
-def remat(module: Any, enabled: bool) -> Any:
-    """`module`, called as (x, embedding, context, deterministic), recomputed in the backward pass if enabled."""
-    return nn.remat(module, static_argnums=(4,)) if enabled else module
+# What a block keeps of its forward pass for the backward one, beside its inputs: all, nothing, or the results of the
+# products with matrices, which are dear to compute again.
+REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def remat(module: Any, policy: str) -> Any:
+    """`module`, called as (x, embedding, context, deterministic), recomputed in the backward pass as REMAT says."""
+    if policy == "none":
+        return module
+    return nn.remat(module, static_argnums=(4,), policy=REMAT[policy])
+
+
+def check_remat(policy: str) -> None:
+    """Raise ConfigError unless the policy is one of REMAT."""
+    if policy not in REMAT:
+        raise ConfigError(f"remat must be one of {', '.join(REMAT)}, got {policy!r}. Use 'full' for the least memory.")
 
 
 def compute_dtype(x: Array, dtype: Any) -> Any:

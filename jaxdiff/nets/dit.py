@@ -23,6 +23,7 @@ from jaxdiff.nets.conditioning import (
     check_common,
     check_inputs,
     check_positive,
+    check_remat,
     compute_dtype,
     dense,
     remat,
@@ -60,7 +61,7 @@ class DiT(nn.Module):
     """`net.apply(params, x, time, labels=, vector=, tokens=, token_mask=)`: x (b, h, w, c) -> (b, h, w, out_channels).
 
     The defaults are DiT-S/2; B is depth 12, width 768, heads 12; L 24, 1024, 16; XL 28, 1152, 16. Any size is padded
-    to a multiple of patch_size and cropped. Conditioning, `dtype` and `deterministic` as in `UNet`.
+    to a multiple of patch_size and cropped. Conditioning, `dtype`, `remat` and `deterministic` as in `UNet`.
     Raises ConfigError for settings or inputs that do not fit.
     """
 
@@ -75,7 +76,7 @@ class DiT(nn.Module):
     num_classes: int | None = None
     vector_dim: int | None = None
     token_dim: int | None = None
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = None
 
     def __post_init__(self):
@@ -86,6 +87,7 @@ class DiT(nn.Module):
             token_dim=self.token_dim,
         )  # fmt: skip
         check_common(self.dropout, self.dtype)
+        check_remat(self.remat)
         if self.width % self.heads or self.width % 8:
             raise ConfigError(f"width must be a multiple of heads ({self.heads}) and of 8, got {self.width}.")
 

@@ -23,6 +23,7 @@ from jaxdiff.nets.conditioning import (
     check_common,
     check_inputs,
     check_positive,
+    check_remat,
     compute_dtype,
     remat,
 )
@@ -40,7 +41,8 @@ class UNet(nn.Module):
     Level i has channels * multipliers[i] channels at 1 / (patch_size 2^i) of the size; any size is padded to fit and
     cropped. labels (b,) need num_classes (-1: no class), vector (b, d) needs vector_dim, tokens (b, L, d) with their
     mask (b, L) need token_dim and are attended to at cross_levels and in the middle. `dtype` is the dtype of
-    computation (parameters, statistics and output stay float32). `deterministic=False` needs the rng "dropout".
+    computation (parameters, statistics and output stay float32); `remat` "full" or "dots" spares memory in training.
+    `deterministic=False` needs the rng "dropout".
     Raises ConfigError for settings or inputs that do not fit.
     """
 
@@ -69,7 +71,7 @@ class UNet(nn.Module):
     early_condition: bool = False
     kernel_init: Initializer = init.XAVIER
     qkv_init: Initializer = init.XAVIER_SQUARE
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = None
 
     def __post_init__(self):
@@ -182,6 +184,7 @@ def _check_settings(net: UNet) -> None:
         vector_dim=net.vector_dim, token_dim=net.token_dim,
     )  # fmt: skip
     check_common(net.dropout, net.dtype)
+    check_remat(net.remat)
     _check_levels(net)
     for width in sorted({net.channels} | {net.channels * m for m in net.multipliers}):
         if width % net.groups:
