@@ -81,15 +81,8 @@ EMAS = {"constant": train.ema.constant, "warmed": train.ema.warmed, "half_life":
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 BUCKETS = {"low": -10.0, "high": 10.0, "count": 10}  # of the log signal-to-noise ratio, in the loss log
 CONDITIONS = ("none", "label", "caption")
-GIVEN = {
-    "dtype",
-    "num_classes",
-    "vector_dim",
-    "token_dim",
-    "remat",
-    "kernel_init",
-    "qkv_init",
-}  # of networks, by no config
+# Options of networks that no config gives: they follow from other settings.
+GIVEN = {"dtype", "num_classes", "vector_dim", "token_dim", "remat", "kernel_init", "qkv_init"}
 
 
 @dataclasses.dataclass(frozen=True)
