@@ -1,8 +1,13 @@
 """Reading and writing other people's files: layouts, the report of keys, and what is refused."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -221,6 +226,90 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
     index.write_text(json.dumps({"weight_map": {"b": "gone.safetensors"}}))
     with pytest.raises(CheckpointError, match="there is no file"):
         files.read(tmp_path)
+
+
+# --- the Hub
+
+LISTING = """model_index.json v1-5-pruned.safetensors v1-5-pruned.ckpt README.md unet/config.json
+unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.fp16.safetensors
+unet/diffusion_pytorch_model.non_ema.safetensors unet/diffusion_pytorch_model.bin
+unet/diffusion_pytorch_model-00001-of-00002.safetensors unet/diffusion_pytorch_model.fp16-00001-of-00002.safetensors
+text_encoder/model.safetensors text_encoder/model.fp16.safetensors text_encoder/pytorch_model.bin
+tokenizer/merges.txt tokenizer/vocab.json model.safetensors model.fp16.safetensors evil.py evil/evil.py"""
+
+
+@pytest.mark.parametrize(
+    ("variant", "wanted"),
+    [
+        (None, [".safetensors", "-00001-of-00002.safetensors"]),
+        ("fp16", [".fp16.safetensors", ".fp16-00001-of-00002.safetensors"]),
+    ],
+)
+def test_only_weights_json_and_vocabularies_are_fetched(monkeypatch, tmp_path, variant, wanted):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **rest: asked.update(rest) or str(tmp_path))
+    assert files.download("a/b", variant=variant, revision="main") == tmp_path
+    fetched = huggingface_hub.utils.filter_repo_objects(
+        LISTING.split(), allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    expected = {f"unet/diffusion_pytorch_model{end}" for end in wanted}
+    expected |= {f"{place}model{wanted[0]}" for place in ("", "text_encoder/")}
+    expected |= {"model_index.json", "unet/config.json", "tokenizer/merges.txt", "tokenizer/vocab.json"}
+    assert set(fetched) == expected
+
+
+def test_a_hub_that_does_not_answer_is_named(monkeypatch):
+    def fail(*_, **__):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="did not give a/b: no connection"):
+        files.download("a/b")
+
+
+# --- memory
+
+LOAD = """
+import sys, jax, numpy as np
+from pathlib import Path
+from jaxdiff.pretrained import files, keys
+table = keys.linear("layer_{i}", "layers.{i}", bias=False)
+def load(names):
+    tensors = {name: tensor for name, tensor in files.read(sys.argv[1]).items() if name in names}
+    if sys.argv[2] == "eager":
+        tensors = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    layers = {f"layer_{name.split('.')[1]}": {"kernel": tensor.shape[::-1]} for name, tensor in tensors.items()}
+    leaf = lambda shape: jax.ShapeDtypeStruct(shape, np.float32)
+    shapes = jax.tree.map(leaf, {"params": layers}, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.block_until_ready(keys.load(shapes, tensors, table))
+load({"layers.0.weight"})
+def memory(name):
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+Path("/proc/self/clear_refs").write_text("5")  # from here on the peak is counted anew
+before = memory("VmRSS")
+params = load({f"layers.{i}.weight" for i in range(32)})
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of memory")
+@pytest.mark.parametrize(("how", "least", "most"), [("lazy", 0.5, 1.2), ("eager", 1.6, 3.0)])
+def test_loading_takes_little_more_than_the_weights(tmp_path, how, least, most):
+    """And the test would see a second copy."""
+    size = 32 * 4 * 2**20
+    files.write(tmp_path, {f"layers.{i}.weight": np.full((1024, 1024), i, np.float32) for i in range(32)}, {})
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(tmp_path), how], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert least < int(done.stdout) / size < most
+
+
+def test_what_is_written_has_the_usual_permissions(tmp_path):
+    files.write(tmp_path, WEIGHTS, {})
+    (tmp_path / "usual").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
 # --- keys

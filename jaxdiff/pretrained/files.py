@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,34 @@ def write(
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(tensors[name]).reshape(np.shape(tensors[name])) for name in sorted(tensors)}
-    temporary = folder / f"{stem}.tmp"
-    numpy.save_file(arrays, temporary, metadata={"format": "pt"})  # transformers refuses a file that does not say so
-    os.replace(temporary, folder / f"{stem}.safetensors")
-    temporary = folder / "config.tmp"
-    temporary.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "config.json")
+    settings, weights = folder / "config.tmp", folder / f"{stem}.tmp"
+    settings.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    numpy.save_file(arrays, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say so
+    shutil.copymode(settings, weights)  # which would be the owner's alone
+    os.replace(weights, folder / f"{stem}.safetensors")
+    os.replace(settings, folder / "config.json")
+
+
+def download(repo: str, *, variant: str | None = None, revision: str | None = None) -> Path:
+    """The local folder of a model of the Hugging Face Hub, fetched through `huggingface_hub` where it is not there.
+
+    Only weights in safetensors, JSON and vocabularies are fetched: of the folders of a pipeline or of one model, in
+    `variant` (e.g. "fp16") or in full precision. Raises CheckpointError where the Hub does not give them.
+    """
+    import huggingface_hub
+
+    dot = f".{variant}" if variant else ""
+    weights = [f"{place}{dot}{part}.safetensors" for place in ("*/*", *STEMS) for part in ("", "-?????-of-?????")]
+    try:
+        path = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=[*weights, "*.json", "*/merges.txt", "merges.txt", "*/vocab.txt", "vocab.txt"],
+            ignore_patterns=None if variant else ["*.fp16*.safetensors", "*.bf16*.safetensors", "*non_ema*"],
+        )
+    except (OSError, ValueError) as error:  # its own errors are among these
+        raise CheckpointError(f"the Hub did not give {repo}: {error}. Name a local folder, or log in.") from error
+    return Path(path)
 
 
 def _choose(folder: Path, variant: str | None) -> Path:
