@@ -35,12 +35,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from experiments import cli, trained
 from experiments import model as models
 from experiments.configs._base import base
-from jaxdiff import process, sample, schedule, solver
+from jaxdiff import guide, process, sample, schedule, solver
 from jaxdiff.errors import ConfigError
 from jaxdiff.types import Array, Denoiser, Schedule, Solver
 
@@ -143,22 +142,20 @@ class Problem:
 
 
 class Walk:
-    """One solver on one problem, compiled once for any grid and number of steps; it counts the calls of the denoiser.
+    """One solver from one noise, compiled once for any grid and number of steps; it counts the calls of the denoiser.
 
     The loop is that of `sample.sample` with the number of steps as a value: compiling `sample` for each would take ten
-    times as long.
+    times as long. `denoise(given, x, t)`: what it is bound to is an argument of the compiled program.
     """
 
-    def __init__(self, problem: Problem, used: Solver, stochastic: bool, most: int):
-        self.problem, self.stochastic, self.most = problem, stochastic, most
-        self.calls = 0
-        denoise = problem.data.denoiser(problem.schedule)
+    def __init__(self, used: Solver, denoise: Callable[..., Array], given: Any, keys: Array, x: Array, most: int):
+        self.calls, self.most, self.keys, self.x, self.given = 0, most, keys, x, given
 
-        def counted(x: Array, t: Array) -> Array:
-            jax.debug.callback(self._count, t)
-            return denoise(x, t)
+        def run(given: Any, keys: Array, x: Array, times: Array, num_steps: Array) -> Array:
+            def counted(x: Array, t: Array) -> Array:
+                jax.debug.callback(self._count, t)
+                return denoise(given, x, t)
 
-        def run(keys: Array, x: Array, times: Array, num_steps: Array) -> Array:
             def body(n: Array, carry: Any) -> Any:
                 own = jax.vmap(jax.random.fold_in, (0, None))(keys, n)
                 return used.step(own, counted, carry[0], times[n], times[n + 1], carry[1])
@@ -166,8 +163,6 @@ class Walk:
             return jax.lax.fori_loop(0, num_steps, body, (x, used.init(x)))[0]
 
         self.run = jax.jit(run)
-        self.x = jnp.asarray(problem.noise[stochastic], jnp.float32)
-        self.keys = process.example_keys(jax.random.key(0), len(self.x))
 
     def _count(self, t: Any) -> None:
         self.calls += 1
@@ -176,9 +171,31 @@ class Walk:
         """(samples, calls) for a grid."""
         self.calls, count = 0, len(times) - 1
         padded = np.append(times, np.zeros(self.most - count)).astype(np.float32)
-        x = np.asarray(self.run(self.keys, self.x, padded, jnp.int32(count)))
+        x = np.asarray(self.run(self.given, self.keys, self.x, padded, jnp.int32(count)))
         jax.effects_barrier()
         return x, self.calls
+
+
+def on_problem(problem: Problem, used: Solver, stochastic: bool, most: int) -> Walk:
+    """The walk of a solver on the mixture."""
+    denoise = problem.data.denoiser(problem.schedule)
+    x = jnp.asarray(problem.noise[stochastic], jnp.float32)
+    return Walk(used, lambda _, x, t: denoise(x, t), (), process.example_keys(jax.random.key(0), len(x)), x, most)
+
+
+def on_network(run: trained.Trained, used: Solver, count: int, most: int) -> Walk:
+    """The walk of a solver with a trained network: `experiments.sample` with the prompts and seeds of its grids."""
+    settings, model = run.config.sample, run.model
+    cond = models.grid_conditions(model, settings.prompts or ("",), None, count)[0]
+    keys = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)))(jnp.arange(count, dtype=jnp.uint32))
+
+    def denoise(given: Any, x: Array, t: Array) -> Array:
+        params, cond, null = given
+        plain = model.denoiser(params, cond, null, settings.scale)
+        return (guide.threshold_static(plain) if settings.clip else plain)(x, t)
+
+    x = process.prior(keys[:, 0], model.schedule, (count, *model.shape))
+    return Walk(used, denoise, (run.params, cond, model.null(count)), keys[:, 1], x, most)
 
 
 def affordable(run: Callable[[int], tuple[Any, int]], calls: int, guess: int) -> tuple[int, Any]:
@@ -193,18 +210,28 @@ def affordable(run: Callable[[int], tuple[Any, int]], calls: int, guess: int) ->
     return best
 
 
-def errors_of(problem: Problem, name: str, grids: Sequence[str], calls: Sequence[int]) -> Errors:
+def errors_of(
+    name: str,
+    grids: Sequence[str],
+    calls: Sequence[int],
+    used: Schedule,
+    walk_of: Callable[[Solver], Walk],
+    error: Callable[[np.ndarray], float],
+) -> Errors:
     """The errors of one solver on all grids."""
-    stochastic = name.partition("(")[0] not in solver.ORDER
-    used = cli.call("solver", name, solver.ALL, schedule=problem.schedule)
-    walk, found, steps = Walk(problem, used, stochastic, max(calls)), {}, {}
+    walk, found, steps = walk_of(cli.call("solver", name, solver.ALL, schedule=used)), {}, {}
     for grid in grids:
-        make = functools.partial(cli.call, "grid", grid, sample.GRIDS, schedule=problem.schedule)
+        make = functools.partial(cli.call, "grid", grid, sample.GRIDS, schedule=used)
         for budget in calls:
             guess = steps.get(budget, budget)
             steps[budget], x = affordable(lambda n: walk(make(num_steps=n)), budget, guess)  # noqa: B023
-            found[name, grid, budget] = float("nan") if x is None else problem.error(x, stochastic)
+            found[name, grid, budget] = float("nan") if x is None else error(x)
     return found
+
+
+def is_stochastic(name: str) -> bool:
+    """Whether the solver that is so written draws noise."""
+    return name.partition("(")[0] not in solver.ORDER
 
 
 def markdown(errors: Errors, calls: Sequence[int], floor: float | None = None) -> Iterator[str]:
@@ -254,10 +281,12 @@ def table(args: argparse.Namespace) -> Iterator[str]:
         problem = Problem(mixture(), cli.call("schedule", schedule_name, models.SCHEDULES), rows, args.median)
         for stochastic in (False, True):
             errors: Errors = {}
+            error = functools.partial(problem.error, stochastic=stochastic)
+            walk_of = functools.partial(on_problem, problem, stochastic=stochastic, most=max(args.calls))
             for name in args.solver:
-                if (name.partition("(")[0] not in solver.ORDER) == stochastic:
+                if is_stochastic(name) == stochastic:
                     print(f"{schedule_name}: {name}", file=sys.stderr)
-                    errors |= errors_of(problem, name, args.grid, args.calls)
+                    errors |= errors_of(name, args.grid, args.calls, problem.schedule, walk_of, error)
             if errors:
                 yield f"### `{schedule_name}`, {'stochastic' if stochastic else 'deterministic'} solvers\n"
                 yield from markdown(errors, args.calls, problem.floor if stochastic else None)
@@ -269,28 +298,22 @@ def table(args: argparse.Namespace) -> Iterator[str]:
             yield from solvers_diffusers.table(problem, schedule_name, args.calls)
 
 
-def on_network(args: argparse.Namespace) -> Iterator[str]:
+def network_table(args: argparse.Namespace) -> Iterator[str]:
     """The lines of the table of a trained network: distances to a run of many steps from the same noise."""
-    run, count = trained.load(Path(args.workdir)), args.rows or 8
-    given = models.grid_conditions(run.model, run.config.sample.prompts or ("",), None, count)[0], run.model.null(count)
-
-    def draw(name: str, grid: str, steps: int) -> np.ndarray:
-        chosen = ConfigDict(run.config.sample.to_dict() | {"solver": name, "grid": grid, "steps": steps})
-        return trained.draw(run, chosen, *given, list(range(count)), count)
+    run = trained.load(Path(args.workdir))
+    used = run.model.schedule
+    walk_of = functools.partial(on_network, run, count=args.rows or 8, most=max(150, *args.calls))
+    truth = walk_of(solver.dpmpp_2m(used))(sample.log_snr_grid(used, 150, sigma_min=0.005))[0]
+    other = walk_of(solver.unipc(used))(sample.karras_grid(used, 120, sigma_min=0.005))[0]
 
     def distance(x: np.ndarray) -> float:
         return float(np.sqrt(np.square(x - truth).mean()))
 
-    truth = draw("dpmpp_2m", "log_snr(sigma_min=0.005)", 150)
-    yield f"unipc_2, 120 steps: {shown(distance(draw('unipc_2', 'karras(sigma_min=0.005)', 120)))}\n"
+    yield f"Step {run.step}. unipc_2, 120 steps: {shown(distance(other))}\n"
     errors: Errors = {}
     for name in args.solver:
-        used = cli.call("solver", name, solver.ALL, schedule=run.model.schedule)
-        for grid in args.grid:
-            make = functools.partial(cli.call, "grid", grid, sample.GRIDS, schedule=run.model.schedule)
-            for budget in args.calls:
-                steps, _ = affordable(lambda n: (None, sample.nfe(used, make(num_steps=n))), budget, budget)  # noqa: B023
-                errors[name, grid, budget] = distance(draw(name, grid, steps)) if steps else float("nan")
+        print(name, file=sys.stderr)
+        errors |= errors_of(name, args.grid, args.calls, used, walk_of, distance)
     yield from markdown(errors, args.calls)
 
 
@@ -336,7 +359,7 @@ def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit status."""
     args = cli.parse_args(_parser(), argv)
     check(args)
-    lines = speed(args.solver) if args.speed else on_network(args) if args.workdir else table(args)
+    lines = speed(args.solver) if args.speed else network_table(args) if args.workdir else table(args)
     for line in lines:
         print(line, flush=True)
     return 0

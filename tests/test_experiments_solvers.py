@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from experiments import cli, solvers, trained
 from experiments import model as models
-from experiments import solvers
 from experiments import train as job
 from jaxdiff import errors, sample, schedule, solver
 from tests.oracles import gaussian
@@ -72,7 +73,7 @@ def test_distances_are_distances(problem):
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "ddpm"])
 def test_a_walk_is_sample_and_counts_like_nfe(problem, name):
     stochastic, used = name not in solver.ORDER, solver.ALL[name](FLOW)
-    walk = solvers.Walk(problem, used, stochastic, 6)
+    walk = solvers.on_problem(problem, used, stochastic, 6)
     for num_steps in (2, 5):
         times = sample.karras_grid(FLOW, num_steps)
         x, calls = walk(times)
@@ -158,17 +159,33 @@ def test_the_network_evaluations_of_a_picture_are_counted_with_guidance():
     assert count("heun", 3.0) == 18
 
 
-def test_a_trained_network_is_held_to_its_own_long_run(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The workdir of a short training run."""
+    directory = tmp_path_factory.mktemp("solvers") / "run"
     job.run([
         "--config=swissroll", "--config.net.width=16", "--config.net.depth=1", "--config.train.batch_size=16",
         "--config.train.steps=2", "--config.data.points=100", "--config.sample.num=4", "--config.sample.steps=2",
-        "--config.train.steps_per_call=1", f"--workdir={tmp_path / 'run'}",
+        "--config.train.steps_per_call=1", f"--workdir={directory}",
     ])  # fmt: skip
-    capsys.readouterr()
-    words = ["--workdir", str(tmp_path / "run"), "--calls", "4", "150", "--grid", "log_snr(sigma_min=0.005)"]
+    return directory
+
+
+def test_a_trained_network_is_held_to_its_own_long_run(run, capsys):
+    words = ["--workdir", str(run), "--calls", "4", "150", "--grid", "log_snr(sigma_min=0.005)"]
     assert solvers.run([*words, "--solver", "dpmpp_2m", "heun", "--rows", "16"]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines()]
     cells = {line[1].strip(): [float(cell) for cell in line[2].split()] for line in lines[-3:] if len(line) > 2}
     assert cells["dpmpp_2m"][1] == 0  # it is the long run itself
     assert cells["dpmpp_2m"][0] > 0
     assert cells["heun"][0] > cells["heun"][1] > 0
+
+
+def test_the_walk_of_a_network_is_what_sampling_draws(run):
+    trained_run, settings = trained.load(run), trained.load(run).config.sample
+    used = cli.call("solver", "ddpm", solver.ALL, schedule=trained_run.model.schedule)
+    x, calls = solvers.on_network(trained_run, used, 4, 6)(sample.GRIDS["uniform"](trained_run.model.schedule, 3))
+    settings = ConfigDict(settings.to_dict() | {"solver": "ddpm", "grid": "uniform", "steps": 3})
+    given = models.grid_conditions(trained_run.model, ("",), None, 4)[0], trained_run.model.null(4)
+    np.testing.assert_allclose(x, trained.draw(trained_run, settings, *given, range(4), 4), rtol=1e-4, atol=1e-5)
+    assert calls == 3
