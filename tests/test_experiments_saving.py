@@ -3,6 +3,7 @@
 import errno
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -10,7 +11,7 @@ from experiments import train as job
 from experiments import workdir
 from experiments.saving import Saver, tolerated
 from jaxdiff.errors import CheckpointError
-from jaxdiff.train import Checkpoints, seal
+from jaxdiff.train import Checkpoints, mesh, seal
 from jaxdiff.train.checkpoint import SaveError
 from tests.oracles import reliability
 
@@ -104,6 +105,7 @@ def test_lines_that_a_full_disk_does_not_take_come_later(tmp_path, monkeypatch, 
 def test_a_run_without_its_last_checkpoint_is_an_error_and_ends_well_when_there_is_room(tmp_path, monkeypatch, capsys):
     command = [*reliability.TOY, "--config.train.steps=9", f"--workdir={tmp_path / 'run'}"]
     monkeypatch.setattr(job, "save_grid", lambda *arguments: None)
+    monkeypatch.setattr(job.check, "mesh", lambda config: mesh.make(devices=jax.devices()[:1]))
     with monkeypatch.context() as patch:
         patch.setattr(seal, "write", refusing([6, 9]))
         with pytest.raises(SaveError, match="No space left"):

@@ -70,8 +70,13 @@ class Run:
             time.sleep(0.01)
         return time.monotonic()
 
-    def killed(self) -> tuple[float, float]:
-        """Kill it: how long it took until it moved again, and until it was back where it had been."""
+    def so_far(self) -> float:
+        """The processor time that this life has used."""
+        times = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+    def killed(self) -> tuple[float, float, float]:
+        """Kill it: the time until it moved again and until it was where it had been, and that of the processor."""
         step, old, then = self.step(), self.log.stat().st_ino, time.monotonic()
         self.process.kill()
         self.process.wait()
@@ -79,7 +84,7 @@ class Run:
         self.wait_until(lambda: self.log.stat().st_ino != old)  # cut to what the checkpoint holds
         first = self.step()
         moved = self.wait_until(lambda: self.step() > first)
-        return moved - then, self.wait_until(lambda: self.step() >= step) - then
+        return moved - then, self.wait_until(lambda: self.step() >= step) - then, self.so_far()
 
 
 def measure(workdir: Path, seconds: float, every: float) -> None:
@@ -89,14 +94,19 @@ def measure(workdir: Path, seconds: float, every: float) -> None:
     for n in range(1, int(seconds / every) + 1):
         time.sleep(max(0.0, started + n * every - time.monotonic()))
         lost.append(run.killed())
-        print(f"kill {n}: moved again after {lost[-1][0]:.1f} s, was back after {lost[-1][1]:.1f} s", flush=True)
+        moved, back, spent = lost[-1]
+        print(
+            f"kill {n}: moves after {moved:.1f} s, is back after {back:.1f} s ({spent:.1f} of the processor)",
+            flush=True,
+        )
     time.sleep(max(0.0, started + seconds - time.monotonic()))
     run.process.send_signal(signal.SIGTERM)
     status, wall = run.process.wait(), time.monotonic() - started
     saves = [json.loads(line)["seconds"] for line in (workdir / SAVES).read_text().splitlines()]
-    dead = sum(total for _, total in lost)
+    dead, spent = sum(back for _, back, _ in lost), sum(spent for _, _, spent in lost)
     print(f"{run.step()} steps, {len(saves)} saves, {len(lost)} kills in {wall:.0f} s; ended with {status}")
     print(f"goodput: {1 - dead / wall:.4f}; at one such kill every 300 s: {1 - dead / len(lost) / 300:.4f}")
+    print(f"and where nothing else ran, as far as processor time tells: {1 - spent / len(lost) / 300:.4f}")
     print(
         f"blocked by saves: {sum(saves) / (wall - dead):.4f} of the time; {1e3 * sum(saves) / len(saves):.1f} ms each"
     )
