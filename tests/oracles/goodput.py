@@ -107,9 +107,8 @@ def measure(workdir: Path, seconds: float, every: float) -> None:
     print(f"{run.step()} steps, {len(saves)} saves, {len(lost)} kills in {wall:.0f} s; ended with {status}")
     print(f"goodput: {1 - dead / wall:.4f}; at one such kill every 300 s: {1 - dead / len(lost) / 300:.4f}")
     print(f"and where nothing else ran, as far as processor time tells: {1 - spent / len(lost) / 300:.4f}")
-    print(
-        f"blocked by saves: {sum(saves) / (wall - dead):.4f} of the time; {1e3 * sum(saves) / len(saves):.1f} ms each"
-    )
+    share, median = sum(saves) / (wall - dead), 1e3 * sorted(saves)[len(saves) // 2]
+    print(f"blocked by saves: {share:.4f} of the time; {median:.0f} ms in the median, {max(saves):.1f} s at most")
 
 
 def main() -> None:
