@@ -152,6 +152,13 @@ def export(params: PyTree, table: Sequence[Rule], *, dtype: Any = None) -> dict[
     return tensors
 
 
+def resolve(template: PyTree, table: Sequence[Rule]) -> list[Rule]:
+    """The rule by which each parameter is written, its placeholders filled in; a parameter without one is left out."""
+    compiled = _compile(table)
+    paths = (_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(template)[0])
+    return [rule for path in paths if (rule := next(_candidates(path, compiled), None))]
+
+
 def strip(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The tensors with `prefix` taken off those names that have it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
