@@ -1,6 +1,9 @@
 """CLIP, T5 and BERT against what transformers made of the same weights, written down in tests/fixtures/text."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -222,3 +225,34 @@ def test_the_prefix_of_published_files_is_no_accident():
     names = set(files.read(FOLDER / "clip"))
     assert "text_model.embeddings.position_ids" in names
     assert "embeddings.position_ids" in keys.strip(dict.fromkeys(names), "text_model.")
+
+
+LOAD = """
+import sys
+class Refuse:
+    asked = []
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "diffusers", "tensorflow", "sentencepiece"):
+            self.asked.append(name)
+sys.meta_path.insert(0, Refuse())
+from jaxdiff import pretrained, text
+ids = text.prompts.chunk(text.open_tokenizer(sys.argv[1] + "/clip"), ["a (red:1.2) cat"])
+model, params = pretrained.text.clip_text(sys.argv[1] + "/clip")
+features = text.prompts.encode(lambda ids: model.apply(params, ids), ids)
+pretrained.text.clip_vision(sys.argv[1] + "/vision")
+pretrained.text.t5(sys.argv[1] + "/t5")
+pretrained.text.bert(sys.argv[1] + "/bert")
+print("heavy:", Refuse.asked, features.tokens.shape)
+try:
+    import torch
+except ImportError:
+    pass
+print("asked:", Refuse.asked)
+"""
+
+
+def test_loading_and_encoding_ask_for_no_torch():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", LOAD, str(FOLDER)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["heavy: [] (1, 77, 16)", "asked: ['torch']"]
