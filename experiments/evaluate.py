@@ -93,7 +93,7 @@ def _in_memory(dataset: inputs.Examples) -> data.Dataset:
     return dataset if isinstance(dataset, data.Dataset) else dataset.in_memory()
 
 
-def real_examples(dataset: data.Dataset, other: data.Dataset | None, most: int | None) -> Real:
+def real_examples(dataset: data.Dataset, other: data.Dataset | None) -> Real:
     """The reference and the held-out examples; halves of the training set where nothing was held out."""
 
     def shuffled(given: data.Dataset) -> tuple[np.ndarray, np.ndarray | None]:
@@ -102,10 +102,10 @@ def real_examples(dataset: data.Dataset, other: data.Dataset | None, most: int |
 
     x, labels = shuffled(dataset)
     if other is not None:
-        return Real(x[:most], None if labels is None else labels[:most], *shuffled(other), "held-out")
+        return Real(x, labels, *shuffled(other), "held-out")
     half = len(x) // 2
-    parts = (None, None) if labels is None else (labels[:half][:most], labels[half:])
-    return Real(x[:half][:most], parts[0], x[half:], parts[1], "the other half of the data")
+    parts = (None, None) if labels is None else (labels[:half], labels[half:])
+    return Real(x[:half], parts[0], x[half:], parts[1], "the other half of the data")
 
 
 def variants(args: argparse.Namespace, config: Config, condition: str) -> list[Config]:
@@ -146,7 +146,8 @@ class Evaluation:
         chosen = [features.pixels(shape)] + ([features.inception(args.inception, shape)] if args.inception else [])
         self.mesh = train.mesh.make()
         train.mesh.check_batch_size(self.mesh, args.batch)
-        self.real = real_examples(_in_memory(self.dataset), held_out_set(config, args.held_out), args.reference)
+        self.real = real_examples(_in_memory(self.dataset), held_out_set(config, args.held_out))
+        self.count = min(args.reference or len(self.real.x), len(self.real.x))
         self.extractors = [features.Extractor(self.folder, one, self.mesh, args.batch) for one in chosen]
         self.references: list[scores.Reference] = []
         self.tables: list[dict[str, Any]] = []
@@ -154,12 +155,13 @@ class Evaluation:
     def floors(self) -> None:
         """The rows that no model made: held-out examples, and a Gaussian."""
         real, num = self.real, self.args.num
-        normal = scores.gaussian(real.x, num)
+        normal = scores.gaussian(real.x[: self.count], num)
         for extract in self.extractors:
-            held = extract("held-out examples", real.held_out)
-            given = scores.reference(extract("training examples", real.x), held, extract.chosen.contract)
+            held = extract("held-out examples", real.held_out, num)
+            trained_on = extract("training examples", real.x, self.count)
+            given = scores.reference(trained_on, held, extract.chosen.contract)
             self.references.append(given)
-            sets = {real.kind: held[:num], "Gaussian fit": extract("draws of the Gaussian", normal)}
+            sets = {real.kind: held, "Gaussian fit": extract("draws of the Gaussian", normal)}
             rows = [
                 {"name": name, "n": len(x), "figures": scores.over_seeds([scores.score(given, x)])}
                 for name, x in sets.items()
@@ -191,11 +193,10 @@ class Evaluation:
         if self.real.labels is None or self.dataset.labels is None or self.config.condition != "label":
             return None
         labels = self.dataset.labels[made.own]
-        if min(np.bincount(y, minlength=self.dataset.num_classes).min() for y in (labels, self.real.labels)) <= len(
-            x[0]
-        ):
+        real = self.real.labels[: self.count]
+        if min(np.bincount(y, minlength=self.dataset.num_classes).min() for y in (labels, real)) <= x.shape[1]:
             return None
-        found = metrics.frechet_by_class(given.features, self.real.labels, x, labels)
+        found = metrics.frechet_by_class(given.features, real, x, labels)
         return {str(label): value for label, value in found.items()}
 
     def bits(self, run: trained.Trained) -> dict[str, Any] | None:
@@ -229,7 +230,7 @@ def protocol(given: Evaluation, step: int | None) -> str:
     real, args = given.real, given.args
     model = f"Averaged parameters of step {step}; seeds {', '.join(map(str, args.seed))}. " if step is not None else ""
     return (
-        f"{model}Reference: {len(real.x):,} training examples of {given.dataset.name}. "
+        f"{model}Reference: {given.count:,} training examples of {given.dataset.name}. "
         f"Floors: {real.kind}, and a Gaussian with the data's mean and covariance. Distances depend on the number n of "
         "examples in a row: compare rows of one n."
     )

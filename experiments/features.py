@@ -111,12 +111,16 @@ class Extractor:
         self.folder, self.chosen, self.mesh, self.batch = folder, chosen, mesh, batch
         self.apply = jax.jit(chosen.run)
 
-    def __call__(self, name: str, x: np.ndarray) -> np.ndarray:
-        """float32 (n, d) of uint8 pictures or float32 examples. Raises as `metrics.checks` for constant or bad ones."""
+    def __call__(self, name: str, x: np.ndarray, count: int | None = None) -> np.ndarray:
+        """float32 (n, d) of uint8 pictures or float32 rows, the first `count` of them (more, later, add to these).
+
+        Raises as `metrics.checks` for constant or bad ones.
+        """
         if x.dtype == np.uint8:
             checks.check_images(name, x)
         place = train.mesh.batch_sharding(self.mesh)
         where = self.folder / f"{digest(x)}-{digest(self.chosen.contract)}"
+        rows = len(x) if count is None else min(count, len(x))
         return in_parts(
-            where, len(x), self.batch, lambda rows: np.asarray(self.apply(jax.device_put(x[rows], place)), np.float32)
+            where, rows, self.batch, lambda rows: np.asarray(self.apply(jax.device_put(x[rows], place)), np.float32)
         )
