@@ -15,6 +15,7 @@ from experiments import check, cli, inputs, train, trained
 from experiments import model as models
 from jaxdiff import data, discrete, errors, guide, likelihood, loss, nets, sample, schedule, solver, target, text
 from jaxdiff import train as training
+from jaxdiff.train import hosts
 from tests import test_solver
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -68,6 +69,7 @@ def understand(module, words, monkeypatch, directory):
         raise Understood
 
     monkeypatch.chdir(directory)
+    monkeypatch.setattr(hosts, "start", lambda *given: None)
     monkeypatch.setattr(trained, "load", stop)
     monkeypatch.setattr(train, "Job", lambda config, workdir: stop(check.config(config)))
     with pytest.raises(Understood):

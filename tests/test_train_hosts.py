@@ -210,12 +210,13 @@ def test_two_processes_notice_a_death_and_resume(tmp_path):
     first.start()
     first.wait_for(20)
     first.processes[0].kill()
+    assert first.saved() >= 20, first.said(0) + first.said(1)
     assert first.end(60) == [-signal.SIGKILL, hosts.LOST], first.said(1)
     assert "error: HostError: process 0" in first.said(1)
     steps = first.saved() + 20
     last = Pair(tmp_path / "run", f"--config.train.steps={steps}")
-    last.start()
-    assert last.end(120) == [0, 0], last.said(0) + last.said(1)
+    last.start(slurm=True)
+    assert last.end() == [0, 0], last.said(0) + last.said(1)
     assert f"resuming from step {steps - 20}" in last.said(0)
     assert "done" not in last.said(1)  # process 0 alone speaks
     assert job.run([*TOY, f"--config.train.steps={steps}", f"--workdir={tmp_path / 'alone'}"]) == 0

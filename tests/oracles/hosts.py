@@ -11,6 +11,7 @@ with its status and the name of the other, and where the run that went on has ev
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import socket
@@ -35,11 +36,12 @@ from tests.oracles import reliability
 
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "data x tensor": (2, 1, 4), "data x fsdp x tensor": (2, 2, 2)}
 STEPS, BATCH = 200, 16
+PORTS = 2**16 - 2**12  # JAX takes PORTS + the job's number mod 2^12
 TOY = [
     "--config=swissroll", "--config.net.width=64", "--config.net.depth=1", "--config.train.batch_size=16",
     "--config.train.steps_per_call=1", "--config.train.log_every=5", "--config.train.sample_every=0",
     "--config.sample.num=16", "--config.sample.steps=2", "--config.data.points=100", "--config.mesh.fsdp=2",
-    "--config.optimizer.decay=constant", "--config.train.checkpoint_every=20", "--config.mesh.dead_after=10",
+    "--config.optimizer.decay=constant", "--config.train.checkpoint_every=20",
 ]  # fmt: skip
 
 
@@ -106,6 +108,15 @@ def fewer(sizes: tuple[int, int, int], count: int) -> tuple[int, int, int]:
     return count // tensor // fsdp, fsdp, tensor
 
 
+def free_port() -> int:
+    """One that nobody listens on, among those that SLURM's job numbers lead to."""
+    for port in np.random.default_rng().permutation(np.arange(PORTS, 2**16)).tolist():
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port")
+
+
 class Pair:
     """A run of two processes of two devices each, in a directory; started again, it resumes."""
 
@@ -113,16 +124,18 @@ class Pair:
         self.directory, self.extra, self.processes = directory, extra, []
         self.words = [directory.with_name(f"{directory.name}.{i}.txt") for i in range(2)]
 
-    def start(self, count: int = 2, devices: int = 2) -> None:
-        """Start the processes; one alone needs no coordinator."""
+    def start(self, count: int = 2, devices: int = 2, *, slurm: bool = False) -> None:
+        """Start the processes: by explicit arguments, or as SLURM would; one alone needs neither."""
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "TQDM_DISABLE": "1"}
         environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.values["jax_compilation_cache_dir"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.processes = []
         for i in range(count):
             joined = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={i}"]
+            if slurm:
+                joined = ["--distributed"]
+                environment |= {"SLURM_JOB_ID": f"{port - PORTS}", "SLURM_STEP_NODELIST": "127.0.0.1"}
+                environment |= {"SLURM_NTASKS": f"{count}", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}"}
             command = [sys.executable, "-m", "experiments.train", *TOY, *self.extra, f"--workdir={self.directory}"]
             command += joined if count > 1 else []
             with self.words[i].open("w") as words:
@@ -225,14 +238,15 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8, help="interruptions of a run of two processes")
+    parser.add_argument("--part", choices=["meshes", "hosts", "both"], default="both")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{folder}/cache")
         jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-        passed = try_meshes(Path(folder))
-        passed &= try_hosts(Path(folder), args.trials, np.random.default_rng(args.seed))
+        passed = args.part == "hosts" or try_meshes(Path(folder))
+        passed &= args.part == "meshes" or try_hosts(Path(folder), args.trials, np.random.default_rng(args.seed))
     sys.exit(not passed)
 
 
