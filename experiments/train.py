@@ -224,9 +224,9 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
     c, k = job.config.train, check.steps_per_call(job.config, done)
     step, rows = _make_step(job, k), train.mesh.place(job.rows, train.mesh.replicated(job.mesh))
     feed, draw = _feed(job, done, k), jax.jit(job.sampler, out_shardings=train.mesh.replicated(job.mesh))
-    unheard, first, since = [], True, (time.perf_counter(), done)
+    unheard, first, stopping, since = [], True, False, (time.perf_counter(), done)
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
-    while done < c.steps:
+    while done < c.steps and not stopping:
         try:
             batches = next(feed)
         except DataError:  # too many pictures that cannot be read, found only now
@@ -258,8 +258,6 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
             since = since[0] + time.perf_counter() - started, since[1]
         if stopping or due["checkpoint"]:
             saver.save(carry, done, last=stopping or done == c.steps)
-        if stopping:
-            break
     return done
 
 

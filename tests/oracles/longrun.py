@@ -217,20 +217,22 @@ def steady_samples(samples: list[Sample], programs: list[str]) -> bool:
 
 def orphans(root: Path, toy: list[str], trials: int, rng: np.random.Generator) -> bool:
     """Whether nothing is left of a run 5 s after it was killed."""
-    left = []
+    left = set()
     for i in range(trials):
         directory = root / f"orphans{i}"
         run = start([*toy, "--config.data.workers=2", "--config.train.steps=100000"], directory)
-        while not workers(run.pid) and run.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 6))  # from workers that are still importing to a run under way
-        below = family(run.pid)
+        while (not workers(run.pid) if i % 2 else logged(directory) == 0) and run.poll() is None:
+            time.sleep(0.01)  # until its workers begin to import what they need, or until it trains
+        time.sleep(rng.uniform(0, 2))
+        step, below = logged(directory), family(run.pid)
         run.kill()
         run.wait()
         time.sleep(5)
-        left += [pid for pid in below if pid in processes()]
-        print(f"orphans: killed after step {logged(directory)}, {len(below)} processes below it, {len(left)} left")
-    for pid in left:
+        still = processes()
+        left |= below & set(still)
+        print(f"orphans: killed after step {step}, {len(below)} processes below it, {len(below & set(still))} left")
+        print(*(still[pid][1] for pid in below & set(still)), sep="\n", end="", flush=True)
+    for pid in left & set(processes()):
         os.kill(pid, signal.SIGKILL)
     return not left
 
