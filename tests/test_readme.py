@@ -11,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import check, cli, inputs, train, trained
+from experiments import check, cli, inputs, pretrained, train, trained
 from experiments import model as models
-from jaxdiff import data, discrete, errors, guide, likelihood, loss, nets, sample, schedule, solver, target, text
+from jaxdiff import data, discrete, errors, guide, likelihood, loss, metrics, nets, sample, schedule, solver, target, text
+from jaxdiff import pipelines as latents
+from jaxdiff import pretrained as weights
 from jaxdiff import train as training
+from jaxdiff.metrics import classify, inception, lpips  # noqa: F401  (the table names them as parts of metrics)
 from jaxdiff.train import hosts
 from tests import test_solver
 
@@ -22,7 +25,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 ROOMS = {
     "Schedules": schedule, "Targets": target, "Weightings": loss, "Time samplers": loss, "Solvers": solver,
     "Time grids": sample, "Likelihood": likelihood, "Discrete data": discrete,
-    "Guidance": guide, "Networks": nets, "Data": data, "Text": text, "Training": training,
+    "Guidance": guide, "Networks": nets, "Data": data, "Text": text, "Training": training, "Metrics": metrics,
+    "Published weights": weights, "Latent pipelines": latents,
 }  # fmt: skip
 
 
@@ -71,6 +75,7 @@ def understand(module, words, monkeypatch, directory):
     monkeypatch.chdir(directory)
     monkeypatch.setattr(hosts, "start", lambda *given: None)
     monkeypatch.setattr(trained, "load", stop)
+    monkeypatch.setattr(pretrained.published, "load", stop)
     monkeypatch.setattr(train, "Job", lambda config, workdir: stop(check.config(config)))
     with pytest.raises(Understood):
         importlib.import_module(module).run(words)
@@ -80,6 +85,7 @@ def test_the_python_of_the_readme_runs_and_gives_the_shapes_it_says(names):
     assert names["samples"].shape == (16, 2)
     assert names["losses"].shape == (4,)
     assert names["made"].shape == (4, 16, 3)
+    assert names["pictures"].shape == (1, 16, 16, 3)
     for array in (names["samples"], names["losses"], names["made"]):
         assert np.isfinite(array).all()
     assert jax.tree.structure(names["gradient"]) == jax.tree.structure(names["params"])
