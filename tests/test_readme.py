@@ -13,7 +13,21 @@ import pytest
 
 from experiments import check, cli, inputs, pretrained, train, trained
 from experiments import model as models
-from jaxdiff import data, discrete, errors, guide, likelihood, loss, metrics, nets, sample, schedule, solver, target, text
+from jaxdiff import (
+    data,
+    discrete,
+    errors,
+    guide,
+    likelihood,
+    loss,
+    metrics,
+    nets,
+    sample,
+    schedule,
+    solver,
+    target,
+    text,
+)
 from jaxdiff import pipelines as latents
 from jaxdiff import pretrained as weights
 from jaxdiff import train as training
