@@ -1,6 +1,7 @@
 """Published tokenizers, weighted prompts in chunks, and embeddings on the disk."""
 
 import json
+import unicodedata
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from jaxdiff import text
 from jaxdiff.errors import ConfigError, DataError
 from jaxdiff.text import cache, prompts
+from tests.oracles.bpe import clip_ids
 from tests.oracles.strings import strings, write_clip_vocabulary
 
 MINILM = Path(__file__).parents[2] / "shared" / "data" / "weights" / "all-minilm-l6-v2"
@@ -50,6 +52,14 @@ def test_clip_ids_by_hand(tokenizer, vocabulary):
     assert tokens.ids[2].tolist() == [begin, vocabulary["x</w>"], vocabulary["1</w>"], *[end] * 7]
     assert tokens.mask.sum(axis=1).tolist() == [5, 2, 4]  # begin and end with them
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.max_len) == (begin, end, end, 10)
+
+
+def test_clip_ids_are_those_of_another_program(folder, tokenizer, vocabulary):
+    """Of every string whose code points this Python's Unicode knows."""
+    merges = (folder / "merges.txt").read_text(encoding="utf-8")
+    known = [s for s in strings(400, megabyte=False) if not {"Cn", "Co"} & set(map(unicodedata.category, s))]
+    assert len(known) > 200
+    assert tokenizer.pieces(known) == [clip_ids(string, vocabulary, merges) for string in known]
 
 
 def test_the_padding_of_stable_diffusion_2(folder, tmp_path, vocabulary):
