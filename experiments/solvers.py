@@ -278,7 +278,9 @@ def table(args: argparse.Namespace) -> Iterator[str]:
     """The lines of the whole table."""
     rows = {stochastic: args.rows or count for stochastic, count in ROWS.items()}
     for schedule_name in args.schedule:
-        problem = Problem(mixture(), cli.call("schedule", schedule_name, models.SCHEDULES), rows, args.median)
+        problem = Problem(
+            mixture(seed=args.seed), cli.call("schedule", schedule_name, models.SCHEDULES), rows, args.median
+        )
         for stochastic in (False, True):
             errors: Errors = {}
             error = functools.partial(problem.error, stochastic=stochastic)
@@ -346,6 +348,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--calls", nargs="+", type=int, default=[5, 10, 20, 50], help="network calls (default: 5 10 20 50)")
     add("--schedule", nargs="+", default=["ddpm_table", "rectified_flow"], help="(default: ddpm_table rectified_flow)")
     add("--rows", type=int, help="samples (default: 256 for deterministic solvers, 1024 for stochastic ones)")
+    add("--seed", type=int, default=0, help="of the mixture: other random clusters (default: 0)")
     add("--median", action="store_true", help="the median over samples, not the root mean square")
     add("--diffusers", action="store_true", help="also diffusers' schedulers; needs torch and diffusers")
     add(
