@@ -7,7 +7,21 @@
 Networks, data, text, training and metrics are imported by name (`from jaxdiff import nets`): this import is light.
 """
 
-from jaxdiff import denoise, discrete, errors, guide, likelihood, loss, process, sample, schedule, solver, target, types
+from jaxdiff import (
+    denoise,
+    discrete,
+    errors,
+    guide,
+    likelihood,
+    loss,
+    pipelines,
+    process,
+    sample,
+    schedule,
+    solver,
+    target,
+    types,
+)
 
 __all__ = [
     "denoise",
@@ -16,6 +30,7 @@ __all__ = [
     "guide",
     "likelihood",
     "loss",
+    "pipelines",
     "process",
     "sample",
     "schedule",

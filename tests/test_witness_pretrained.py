@@ -3,11 +3,16 @@
 Everything in float32 at the highest precision: the largest difference of an output is below 1e-5.
 """
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
-from jaxdiff.pretrained import ddpm, unet, vae
+from jaxdiff import pipelines, solver
+from jaxdiff.pretrained import ddpm, files, single_file, unet, vae
+from jaxdiff.pretrained import pipelines as published
+from tests.oracles import tiny_sd
 
 torch = pytest.importorskip("torch", reason="needs the witness extra: torch, diffusers, transformers")
 diffusers = pytest.importorskip("diffusers", reason="needs the witness extra: torch, diffusers, transformers")
@@ -232,3 +237,142 @@ def test_sizes_that_do_not_halve_evenly(tmp_path):
     with torch.no_grad():
         wanted = theirs(nchw(x), torch.from_numpy(TIMES), **inputs).sample
     close(jax.jit(net.apply)(params, x, TIMES, **ours), nhwc(wanted))
+
+
+@pytest.fixture(scope="module", params=["sd1", "sdxl", "sd2 v"])
+def drawn(request, tmp_path_factory):
+    """(folder of a tiny pipeline of diffusers, what it draws, the pipeline)."""
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "_"))
+    linear = {"use_linear_projection": True} if request.param == "sd2 v" else {}
+    pipe = tiny_sd.pipeline(folder, xl=request.param == "sdxl", **linear)
+    if request.param == "sd2 v":
+        zero = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}
+        pipe.scheduler = diffusers.PNDMScheduler.from_config(pipe.scheduler.config, **zero)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(folder / "pipe")
+    return folder / "pipe", tiny_sd.draw(pipe, height=16, width=16), pipe
+
+
+def test_every_guided_step_and_the_picture_are_the_same(drawn):
+    folder, expected, _ = drawn
+    pipe = published.load(folder)
+    encode = jax.jit(pipe.encode)
+    cond, null = (encode(pipe.params, t) for t in pipe.tokenize([tiny_sd.PROMPT], [tiny_sd.NEGATIVE]))
+    for name in tiny_sd.SOLVERS:
+        times = tiny_sd.times(expected[f"{name}/indices"], name)
+
+        @jax.jit
+        def draw(params, x, cond, null, times, name=name):
+            used = solver.ALL[name](pipe.model.schedule)
+            settings = {"times": times, "solver": used, "scale": tiny_sd.SCALE, "return_trajectory": True}
+            z, path = pipelines.generate(jax.random.key(0), pipe.model, params, x, cond, null, **settings)
+            return path[1:], pipelines.decode(pipe.model, params, z)
+
+        path, picture = draw(pipe.params, expected["noise"], cond, null, times)
+        np.testing.assert_allclose(path, expected[f"{name}/latents"], rtol=0, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(picture, expected[f"{name}/picture"], rtol=0, atol=1e-4, err_msg=name)
+
+
+def test_an_exported_pipeline_draws_the_same_there(drawn, tmp_path):
+    folder, expected, pipe = drawn
+    published.export(tmp_path, published.load(folder), folder)
+    safety = {} if "XL" in type(pipe).__name__ else {"safety_checker": None, "requires_safety_checker": False}
+    again = type(pipe).from_pretrained(tmp_path, **safety)
+    again.set_progress_bar_config(disable=True)
+    made = tiny_sd.draw(again, height=16, width=16)
+    for name in tiny_sd.SOLVERS:
+        np.testing.assert_array_equal(made[f"{name}/picture"], expected[f"{name}/picture"])
+
+
+def test_the_committed_fixture_is_what_its_script_makes(tmp_path):
+    tiny_sd.write(tmp_path)
+    committed = Path(__file__).parent / "fixtures" / "tiny_sd"
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (files.read(folder / part, variant="fp16") for folder in (committed, tmp_path))
+        assert set(ours) == set(theirs)
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    ours, theirs = (files.read(folder / "expected.safetensors") for folder in (committed, tmp_path))
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-4)
+
+
+def test_our_names_of_the_original_layout_are_those_of_their_converter():
+    from diffusers.loaders import single_file_utils as convert
+
+    net = random("UNet2DConditionModel", UNETS["sdxl"] | {"layers_per_block": 2})
+    tensors = {name: value.numpy() for name, value in net.state_dict().items()}
+    ours = unet.network(net.config)
+    original = single_file.original(tensors, single_file.unet_places(ours))
+    file = {single_file.UNET + other: torch.from_numpy(tensors[name]) for name, other in original.items()}
+    back = convert.convert_ldm_unet_checkpoint(dict(file), dict(net.config))
+    assert set(back) == set(tensors)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value)
+    coder = random("AutoencoderKL", VAES["sd"])
+    tensors = {name: value.numpy() for name, value in coder.state_dict().items()}
+    original = single_file.original(tensors, single_file.vae_places(vae.network(coder.config)), autoencoder=True)
+    file = {}
+    for name, other in original.items():
+        points = ".attn_1." in other and tensors[name].ndim == 2
+        file[single_file.VAE + other] = torch.from_numpy(tensors[name][:, :, None, None] if points else tensors[name])
+    back = convert.convert_ldm_vae_checkpoint(dict(file), dict(coder.config))
+    assert set(back) == set(tensors)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(back[name], value)
+
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def taef2(parts):
+    """TAEF2 in torch, straight from the names of its files: x (b, 3, h, w) in [0, 1] -> (latents, x again)."""
+    import torch.nn.functional as F
+
+    def conv(x, w, name, **settings):
+        return F.conv2d(
+            x, w[f"{name}.weight"], w.get(f"{name}.bias"), padding=w[f"{name}.weight"].shape[-1] // 2, **settings
+        )
+
+    def run(x, w, up):
+        last = max(int(name.split(".")[0]) for name in w)
+        for i in range(last + 1):
+            if f"{i}.conv.0.weight" in w:
+                if f"{i}.pool.0.weight" in w:
+                    h = F.group_norm(conv(x, w, f"{i}.pool.0"), 4, w[f"{i}.pool.1.weight"], w[f"{i}.pool.1.bias"])
+                    x = x + conv(F.relu(h), w, f"{i}.pool.3")
+                h = F.relu(conv(x, w, f"{i}.conv.0"))
+                x = F.relu(x + conv(F.relu(conv(h, w, f"{i}.conv.2")), w, f"{i}.conv.4"))
+            elif f"{i}.weight" in w:
+                x = conv(x, w, str(i), stride=1 if up or f"{i}.bias" in w else 2)
+            else:  # in the decoder: the clamp, the first relu, and the up-samplings
+                x = [lambda x: 3 * torch.tanh(x / 3), None, F.relu][i](x) if i < 3 else F.interpolate(x, scale_factor=2)
+        return x
+
+    def both(x):
+        z = run(x, parts["encoder"], False)
+        return z, run(z, parts["decoder"], True)
+
+    return both
+
+
+@pytest.mark.skipif(not (DATA / "weights" / "taef2").is_dir(), reason="the weights of TAEF2 are not beside the project")
+def test_taef2_is_as_good_as_the_original_on_real_pictures():
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    folder = DATA / "weights" / "taef2"
+    parts = {name: load_file(folder / f"{name}.safetensors") for name in ("encoder", "decoder")}
+    theirs = taef2({name: {key: value.float() for key, value in part.items()} for name, part in parts.items()})
+    with Image.open(sorted((DATA / "cifar10").glob("*.webp"))[0]) as sheet:
+        x = np.asarray(sheet.convert("RGB").crop((0, 0, 256, 128)), np.float32)[None] / 255
+    with torch.no_grad():
+        latents, wanted = (nhwc(part) for part in theirs(nchw(x)))
+    net, params = vae.tiny(folder)
+    ours = jax.jit(lambda p, x: net.apply(p, x, method="encode").mean)(params, 2 * x - 1)
+    np.testing.assert_allclose(ours, latents, rtol=0, atol=1e-4)
+    made = (np.asarray(jax.jit(net.apply)(params, 2 * x - 1)) + 1) / 2
+    psnr = [-10 * np.log10(np.mean(np.square(np.clip(y, 0, 1) - x))) for y in (made, wanted)]
+    print(f"PSNR {psnr[0]:.4f} dB, the original's {psnr[1]:.4f} dB, up to {np.abs(made - wanted).max():.1e} apart")
+    assert abs(psnr[0] - psnr[1]) < 1e-3
+    np.testing.assert_allclose(made, wanted, rtol=0, atol=1e-4)

@@ -1,5 +1,8 @@
-"""Other people's weights: read from safetensors, checked key by key, and written back for their libraries."""
+"""Other people's weights: read from safetensors, checked key by key, and written back for their libraries.
 
-from jaxdiff.pretrained import files, keys, text
+    pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL: see `jaxdiff.pipelines`
+"""
 
-__all__ = ["files", "keys", "text"]
+from jaxdiff.pretrained import ddpm, files, keys, lora, pipelines, schedulers, single_file, text, unet, vae
+
+__all__ = ["ddpm", "files", "keys", "lora", "pipelines", "schedulers", "single_file", "text", "unet", "vae"]
