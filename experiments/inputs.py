@@ -108,10 +108,11 @@ def arrays(dataset: Examples, condition: str, tokenizer: Any, max_len: int) -> d
 def faults(dataset: Examples, path: Path) -> data.Faults:
     """The records that the run with the list at `path` skips: those known by now. DataError when they are too many.
 
-    Of several processes, which all read the same, the first one writes the list.
+    Of several processes each reads its own rows, and lists what it found there: the next ones in PATH.1.jsonl, ...
     """
+    path = path.with_suffix(f".{jax.process_index()}.jsonl") if jax.process_index() else path
     known = dataset.skipped if isinstance(dataset, data.Dataset) else data.still_bad(dataset, path)
-    return data.Faults(len(dataset), path if jax.process_index() == 0 else None, known)
+    return data.Faults(len(dataset), path, known)
 
 
 def batches(

@@ -5,6 +5,7 @@ python -m experiments.train --config=cifar10 --workdir=runs/a --config.train.bat
 """
 
 import argparse
+import contextlib
 import ctypes
 import shlex
 import signal
@@ -230,7 +231,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
         try:
             batches = next(feed)
         except DataError:  # too many pictures that cannot be read, found only now
-            if _trouble(unheard, ahead=0) is None:
+            if not hosts.started() and _trouble(unheard, ahead=0) is None:  # other processes know nothing of it
                 saver.save(carry, done)
                 saver.wait(done)
             raise
@@ -261,10 +262,17 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
     return done
 
 
-def _feed(job: Job, done: int, steps: int) -> Generator[dict[str, np.ndarray]]:
+def _feed(job: Job, done: int, steps: int) -> Generator[dict[str, Any]]:
+    """What each call is given, from step `done` on; of streamed pictures every process reads its own rows alone."""
     c, reading = job.config, {name: job.config.data[name] for name in ("ahead", "workers")}
-    sizes: Any = {"seed": c.seed, "batch_size": c.train.batch_size, "steps": steps}
-    return inputs.batches(job.dataset, step=done, **sizes, **reading, faults=job.faults)
+    size = c.train.batch_size
+    alone = "image" in job.rows or not hosts.started()
+    rows = slice(None) if alone else train.mesh.own_rows(job.mesh, size)
+    sizes: Any = {"seed": c.seed, "batch_size": size, "steps": steps}
+    feed = inputs.batches(job.dataset, step=done, **sizes, **reading, rows=rows, faults=job.faults)
+    with contextlib.closing(feed):
+        for batch in feed:
+            yield batch if alone else train.mesh.assemble(job.mesh, batch, size)
 
 
 def _due(c: Config, done: int) -> dict[str, bool]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import train as job
+from jaxdiff import data
 from jaxdiff.errors import ConfigError, HostError
 from jaxdiff.train import hosts
 from jaxdiff.train import mesh as mesh_lib
@@ -198,6 +199,51 @@ def test_a_batch_that_every_process_holds_is_laid_on_the_devices():
         placed = mesh_lib.place(batch, sharding)["x"]
         assert placed.sharding == sharding
         np.testing.assert_array_equal(placed, batch["x"])
+
+
+@pytest.mark.parametrize("pieces", [[(4, 6), (6, 8)], [(0, 4), (8, 12)]])
+def test_the_rows_of_a_process_are_those_of_its_devices(pieces, monkeypatch):
+    mesh = mesh_lib.make(8)
+    assert mesh_lib.own_rows(mesh, 16) == slice(0, 16)
+    shares = {i: (slice(*piece),) for i, piece in enumerate(pieces)}
+    there = types.SimpleNamespace(addressable_devices_indices_map=lambda shape: shares)
+    monkeypatch.setattr(mesh_lib, "batch_sharding", lambda mesh: there)
+    if pieces[0][1] == pieces[1][0]:
+        assert mesh_lib.own_rows(mesh, 16) == slice(4, 8)
+    else:
+        with pytest.raises(ConfigError, match=r"the rows \[\(0, 4\), \(8, 12\)\] of a batch.*mesh\.tensor"):
+            mesh_lib.own_rows(mesh, 16)
+
+
+def test_only_the_rows_of_a_process_are_read_and_together_they_are_the_batch():
+    pytest.importorskip("grain", reason="streaming needs Grain: pip install 'jaxdiff[grain]'")
+    read = set()
+
+    class Source:
+        def __len__(self):
+            return 9999
+
+        def __getitem__(self, index):
+            read.add(index)
+            return np.full(2, index, np.float32)
+
+    def first(**rows):
+        stream = data.stream(Source(), seed=3, batch_size=8, ahead=1, threads=1, **rows)
+        batch = next(stream)
+        stream.close()
+        return batch
+
+    whole = data.order(3, 0, batch_size=8, num_examples=9999)
+    parts = [first(rows=slice(start, start + 4)) for start in (0, 4)]
+    np.testing.assert_array_equal(np.concatenate([part[0] for part in parts]), whole)
+    np.testing.assert_array_equal(np.concatenate([part[1] for part in parts])[:, 0], whole)
+    read.clear()
+    first(rows=slice(0, 4))
+    orders = data.orders(3, 0, 20, batch_size=8, num_examples=9999)
+    assert read <= set(orders[:, :4].ravel().tolist())
+    placed = mesh_lib.assemble(mesh_lib.make(4, 2), {"x": whole[None]}, 8)["x"]
+    np.testing.assert_array_equal(placed, whole[None])
+    assert placed.sharding.is_equivalent_to(mesh_lib.batch_sharding(mesh_lib.make(4, 2), leading=1), 2)
 
 
 def lines(directory):

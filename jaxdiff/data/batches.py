@@ -73,14 +73,16 @@ def stream(
     ahead: int = 16,
     threads: int = 8,
     workers: int = 0,
+    rows: slice = slice(None),
     faults: fault.Faults | None = None,
 ) -> Generator[tuple[np.ndarray, np.ndarray]]:
     """Batches of a set that does not fit in memory: pairs (indices int32 (b,), examples (b, ...)), without end.
 
     The batch of each step is that of `order(seed, step)`, bad records replaced and listed in `faults`. Grain reads
     `ahead` batches ahead, by `threads` in this process or in each of `workers` others, which are started again should
-    one die. `step` resumes there. Look labels and captions up by the indices. Close it to end the workers. Raises
-    DataError when Grain is not installed, too many records are bad, or workers die again and again.
+    one die. Of many hosts each reads its own `rows`. `step` resumes there. Look labels and captions up by the indices.
+    Close it to end the workers. Raises DataError when Grain is not installed, too many records are bad, or workers die
+    again and again.
     """
     for name, value, least in (("ahead", ahead, 1), ("threads", threads, 1), ("workers", workers, 0)):
         if value < least:
@@ -91,18 +93,18 @@ def stream(
     except ImportError as error:
         raise DataError("streaming needs Grain. Type: pip install 'jaxdiff[grain]'.") from error
     found = fault.Faults(len(source)) if faults is None else faults
-    return _restarted(_Batch(source, seed, batch_size), step, ahead, threads, workers, found)
+    return _restarted(_Batch(source, seed, batch_size, rows), step, ahead, threads, workers, found)
 
 
 class _Batch:
     """step -> (indices, examples, faults): what each worker is sent."""
 
-    def __init__(self, source: fault.Examples, seed: int, batch_size: int):
-        self.source, self.seed, self.batch_size = source, seed, batch_size
+    def __init__(self, source: fault.Examples, seed: int, batch_size: int, rows: slice):
+        self.source, self.seed, self.batch_size, self.rows = source, seed, batch_size, rows
 
     def __call__(self, step: int) -> dict[str, Any]:
         indices = order(self.seed, step, batch_size=self.batch_size, num_examples=len(self.source))
-        indices, examples, bad = fault.read(self.source, self.seed, step, indices)
+        indices, examples, bad = fault.read(self.source, self.seed, step, indices[self.rows])
         return {"indices": indices, "examples": examples, "bad": tuple(bad.items())}
 
 

@@ -11,6 +11,7 @@ taken up by one cut along its inputs. XLA inserts the collectives, so the same c
 hosts.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -76,6 +77,31 @@ def place(tree: PyTree, sharding: NamedSharding) -> PyTree:
         return jax.make_array_from_callback(np.shape(leaf), sharding, lambda index: leaf[index])
 
     return jax.tree.map(one, tree)
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a batch that the devices of this process work on: all that it has to read.
+
+    Raises ConfigError where they are not in one piece.
+    """
+    shares = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = sorted({piece[0].indices(batch_size)[:2] for piece in shares if piece is not None})
+    if any(end != start for (_, end), (start, _) in itertools.pairwise(rows)):
+        raise ConfigError(
+            f"process {jax.process_index()} has the rows {rows} of a batch, which are not in one piece. Choose "
+            "mesh.tensor so that it divides the devices of a process, or is a multiple of them."
+        )
+    return slice(rows[0][0], rows[-1][1])
+
+
+def assemble(mesh: Mesh, batches: PyTree, batch_size: int) -> PyTree:
+    """Whole batches (k, batch_size, ...) on the devices, from arrays of which each process holds its `own_rows`."""
+
+    def one(leaf: Any) -> jax.Array:
+        whole = (leaf.shape[0], batch_size, *leaf.shape[2:])
+        return jax.make_array_from_process_local_data(batch_sharding(mesh, leading=1), leaf, whole)
+
+    return jax.tree.map(one, batches)
 
 
 def _leaf_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -146,13 +146,13 @@ class Pair:
         folder = self.directory / "checkpoints"
         return max((int(path.name) for path in folder.glob("*") if path.name.isdecimal()), default=0)
 
-    def wait_for(self, step: int, patience: float = 300) -> None:
+    def wait_for(self, step: int, patience: float = 900) -> None:
         """Until that step is saved, or a process has ended."""
         end = time.monotonic() + patience
         while self.saved() < step and all(p.poll() is None for p in self.processes) and time.monotonic() < end:
             time.sleep(0.01)
 
-    def end(self, patience: float = 300) -> list[int]:
+    def end(self, patience: float = 900) -> list[int]:
         """The statuses, once all have ended; who does not is killed."""
         deadline = time.monotonic() + patience
         for process in self.processes:
@@ -174,7 +174,7 @@ def interrupted(pair: Pair, rng: np.random.Generator, number: int, which: int) -
     time.sleep(rng.uniform(0, 0.5))
     pair.processes[which].send_signal(number)
     sent = time.monotonic()
-    statuses = pair.end(patience=120)
+    statuses = pair.end(patience=300)
     took = time.monotonic() - sent
     if number == signal.SIGKILL:
         wrong = [] if statuses[1 - which] == 75 else [f"statuses {statuses}"]
