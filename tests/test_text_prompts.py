@@ -115,9 +115,33 @@ def test_damaged_tokenizers(tmp_path, folder):
         (tmp_path / "tokenizer.json").write_text(damaged)
         with pytest.raises(DataError, match="damaged"):
             text.open_tokenizer(tmp_path)
+    whole = text.open_tokenizer(folder)._backend.to_str()
+    (tmp_path / "tokenizer.json").write_text(whole)
+    text.open_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "\\ud800"}')
+    with pytest.raises(DataError, match="UnicodeEncodeError"):
+        text.open_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1]")
     with pytest.raises(DataError, match=r"tokenizer_config\.json is damaged"):
         text.open_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_library_is_named_and_an_interrupt_is_left(tokenizer, monkeypatch):
+    class PanicException(BaseException):
+        """As pyo3 has it."""
+
+    class Backend:
+        raises = PanicException("range end index 18446744073709551607 out of range")
+
+        def encode_batch(self, *_, **__):
+            raise self.raises
+
+    monkeypatch.setattr(tokenizer, "_backend", Backend())
+    with pytest.raises(DataError, match="damaged: PanicException: range end"):
+        tokenizer.pieces(["a"])
+    monkeypatch.setattr(Backend, "raises", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.pieces(["a"])
 
 
 def test_a_folder_without_a_length_asks_for_one(tmp_path, folder):

@@ -7,9 +7,10 @@
 They are Hugging Face's `tokenizers` (in Rust, without PyTorch), read from tokenizer.json or CLIP's older two files.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
-from jaxdiff.errors import ConfigError, DataError
+from jaxdiff.errors import ConfigError, DataError, JaxdiffError
 from jaxdiff.text.tokenizer import clean, warn_of_cuts
 
 MAX_BYTES = 2**26
@@ -59,7 +60,8 @@ class PublishedTokenizer:
         """The ids of each text, without begin, end and padding, of any length."""
         if isinstance(texts, str):
             raise ConfigError(f"texts must be a sequence of strings, got a bare string. Write [{texts[:40]!r}].")
-        encoded = self._backend.encode_batch([clean(text) for text in texts], add_special_tokens=False)
+        with _named("this tokenizer"):
+            encoded = self._backend.encode_batch([clean(text) for text in texts], add_special_tokens=False)
         return [e.ids for e in encoded]
 
     def frame(self, pieces: Sequence[int], length: int) -> np.ndarray:
@@ -100,20 +102,37 @@ def open_tokenizer(folder: str | os.PathLike, *, max_len: int | None = None) -> 
     """
     folder = Path(folder).expanduser()
     settings = _settings(folder)
+    with _named(f"the tokenizer in {folder}"):
+        backend = _open(folder, settings)
+        pad = settings.get("pad_token")
+        if pad is not None and backend.token_to_id(pad) is not None:
+            backend.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
+        known = [pad] if pad is not None else _PADS
+        pad_id = next((i for i in map(backend.token_to_id, known) if i is not None), None)
+        return PublishedTokenizer(backend, pad_id, settings.get("model_max_length", max_len))
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Whatever the library raises for a damaged file becomes a DataError: it knows Exception, and panics of Rust."""
+    try:
+        yield
+    except JaxdiffError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DataError(f"{what} is damaged: {type(error).__name__}: {error}. Get its files again.") from error
+        raise
+
+
+def _open(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     if (folder / "tokenizer.json").is_file():
-        backend = _parse(folder / "tokenizer.json")
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = _clip(folder, settings)
-    else:
-        hint = " Convert spiece.model to tokenizer.json first." if (folder / "spiece.model").is_file() else ""
-        raise DataError(f"there is no tokenizer.json and no vocab.json with merges.txt in {folder}.{hint}")
-    pad = settings.get("pad_token")
-    if pad is not None and backend.token_to_id(pad) is not None:
-        backend.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
-    known = [pad] if pad is not None else _PADS
-    pad_id = next((i for i in map(backend.token_to_id, known) if i is not None), None)
-    declared = settings.get("model_max_length")
-    return PublishedTokenizer(backend, pad_id, max_len if declared is None else declared)
+        _check_size(folder / "tokenizer.json")
+        return tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return _clip(folder, settings)
+    hint = " Convert spiece.model to tokenizer.json first." if (folder / "spiece.model").is_file() else ""
+    raise DataError(f"there is no tokenizer.json and no vocab.json with merges.txt in {folder}.{hint}")
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -124,7 +143,7 @@ def _settings(folder: Path) -> dict[str, Any]:
         if path.is_file():
             _check_size(path)
             try:
-                merged |= dict(json.loads(path.read_bytes()))
+                merged |= dict(json.loads(path.read_bytes().decode()))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{path} is damaged: {error}. Get it again.") from error
     tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in merged.items() if k.endswith("_token")}
@@ -135,27 +154,16 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _parse(path: Path) -> tokenizers.Tokenizer:
-    _check_size(path)
-    try:
-        return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # the library raises no narrower one
-        raise DataError(f"{path} is not a tokenizer.json or is damaged: {error}. Get it again.") from error
-
-
 def _clip(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     """CLIP's byte-pair tokenizer from its two files, as transformers builds it."""
     begin, end = settings.get("bos_token", "<|startoftext|>"), settings.get("eos_token", "<|endoftext|>")
     for name in ("vocab.json", "merges.txt"):
         _check_size(folder / name)
-    try:
-        model = models.BPE.from_file(
-            str(folder / "vocab.json"), str(folder / "merges.txt"),
-            continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
-            unk_token=settings.get("unk_token", end),
-        )  # fmt: skip
-    except Exception as error:  # the library raises no narrower one
-        raise DataError(f"vocab.json or merges.txt in {folder} is damaged: {error}. Get them again.") from error
+    model = models.BPE.from_file(
+        str(folder / "vocab.json"), str(folder / "merges.txt"),
+        continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
+        unk_token=settings.get("unk_token", end),
+    )  # fmt: skip
     backend = tokenizers.Tokenizer(model)
     bos, eos = backend.token_to_id(begin), backend.token_to_id(end)
     if bos is None or eos is None:

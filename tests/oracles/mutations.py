@@ -1,8 +1,8 @@
-"""Damages and forgeries of weight files, and what reading them does: a named error or the model, and nothing else.
+"""Damages and forgeries of weights and tokenizers, and what reading them does: a named error or the model, no more.
 
     python -m tests.oracles.mutations --count 10000
 
-Every file of a small folder of weights is changed at random: bits, cuts, splices, edited headers, indexes and configs,
+Every file of a small folder is changed at random: bits, cuts, splices, edited headers, indexes and configs,
 paths that lead away, pickles under other names. Each is read as a user would read it. Counted are the errors by name;
 recorded are every program run, code object executed, network call and file opened outside the folder (Python's audit
 events), and the largest memory taken (tracemalloc, which sees NumPy's) beside the bytes of the files read.
@@ -17,6 +17,7 @@ import struct
 import sys
 import tempfile
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import jax
@@ -25,9 +26,10 @@ from safetensors.numpy import save_file
 
 from jaxdiff.errors import JaxdiffError
 from jaxdiff.pretrained import files, keys, text
-from jaxdiff.text import CLIPText
+from jaxdiff.text import CLIPText, open_tokenizer
 
 ROOT = str(Path(__file__).parents[2])
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "text" / "clip"
 SLACK = 2**18
 """What a read may take however small its file is."""
 FORBIDDEN = (
@@ -127,26 +129,37 @@ def disguise(random):
     return pickle.dumps(Bomb(), protocol=int(random.integers(6)))
 
 
-def mutate(random, originals, whole):
-    """One mutation: {name: bytes} of a folder."""
-    folder = dict(originals)
-    single = random.random() < 0.5
-    if single:
+def tokenizer_files():
+    """CLIP's in its two layouts."""
+    old = {name: (TOKENIZER / name).read_bytes() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")}
+    backend = open_tokenizer(TOKENIZER)._backend
+    return old, {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": old["tokenizer_config.json"]}
+
+
+def mutate(random, originals, whole, tokenizers):
+    """One mutation, {name: bytes} of a folder, and what it is a folder of."""
+    what = str(random.choice(["weights", "shards", "config", "tokenizer"], p=[0.4, 0.4, 0.05, 0.15]))
+    if what == "tokenizer":
+        folder = dict(tokenizers[random.integers(2)])
+    elif what == "weights":
         folder = {"config.json": originals["config.json"], "model.safetensors": whole}
-    name = str(random.choice([n for n in folder if n != "config.json"])) if random.random() < 0.93 else "config.json"
+    else:
+        folder = dict(originals)
+    usual = [n for n in folder if n != "config.json"]
+    name = "config.json" if what == "config" else str(random.choice(usual))
     kind = random.random()
     if kind < 0.1:
         folder[name] = disguise(random)
-        if kind < 0.03:
+        if kind < 0.03 and what != "tokenizer":
             folder = {str(random.choice(["pytorch_model.bin", "m.ckpt", "m.pt"])): folder[name]}
-    elif kind < 0.5:
+    elif kind < 0.5 or name == "merges.txt":
         folder[name] = damage(random, folder[name])
     elif name.endswith(".json"):
         edited = json.dumps(edit(random, json.loads(folder[name])))
         folder[name] = edited.encode("utf-8", "surrogatepass")
     else:
         folder[name] = forge(random, folder[name])
-    return folder, name == "config.json"
+    return folder, what
 
 
 class Watch:
@@ -169,18 +182,22 @@ class Watch:
             self.events.append(event)
 
 
-def outcome(folder, template, table, settings):
+def outcome(folder, template, table, what):
     """The name of what reading a folder comes to."""
     try:
-        if settings:
+        if what == "config":
             text.clip_text(folder)
+        elif what == "tokenizer":
+            open_tokenizer(folder, max_len=20).encode(["a Red cat!", "", "<|endoftext|> 12"])
         else:
             files.config(folder)
             tensors = keys.strip(files.read(folder), "text_model.")
             jax.block_until_ready(keys.load(template, tensors, table, ignore=("*position_ids",)))
     except JaxdiffError as error:
         return type(error).__name__
-    except Exception as error:  # counted, and fails the run: every other error is a defect
+    except BaseException as error:  # every other error is a defect, also a panic of Rust
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return f"UNNAMED {type(error).__name__}: {error}"[:200]
     return "read"
 
@@ -191,24 +208,25 @@ def run(count, seed=0):
     with tempfile.TemporaryDirectory() as name:
         home = Path(name)
         originals, whole, params = prepare(home)
+        tokenizers = tokenizer_files()
         table = text.clip_text_table()
         template = jax.eval_shape(lambda: params)
         watch = Watch(home)
         for i in range(-1, count):  # the first is sound, and brings the modules that are imported when needed
-            content, settings = mutate(random, originals, whole) if i >= 0 else (originals, False)
+            content, what = mutate(random, originals, whole, tokenizers) if i >= 0 else (originals, "shards")
             folder = home / str(i)
             folder.mkdir()
             for file, data in content.items():
                 (folder / file).write_bytes(data)
             tracemalloc.start()
             watch.active = i >= 0
-            outcomes[outcome(folder, template, table, settings)] += i >= 0
+            outcomes[outcome(folder, template, table, what)] += i >= 0
             watch.active = False
             peak = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
-            if settings:  # then a network is laid out, which costs memory of its own
+            if what == "config":  # then a network is laid out, which costs memory of its own
                 most = max(most, peak)
-            else:
+            elif what != "tokenizer":  # whose memory is Rust's
                 worst = max(worst, (peak - SLACK) / sum(map(len, content.values())))
             for file in content:
                 (folder / file).unlink()
@@ -233,4 +251,5 @@ def main():
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
+    warnings.simplefilter("ignore", UserWarning)  # of texts that are cut
     sys.exit(main())
