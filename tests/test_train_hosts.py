@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import types
 
 import jax
@@ -13,7 +15,7 @@ from jaxdiff import data
 from jaxdiff.errors import ConfigError, HostError
 from jaxdiff.train import hosts
 from jaxdiff.train import mesh as mesh_lib
-from tests.oracles.hosts import TOY, Pair
+from tests.oracles.hosts import TOY, Pair, free_port
 
 
 class Store(dict):
@@ -181,6 +183,13 @@ def test_incomplete_arguments_are_refused_before_anything_starts(given, message)
     with pytest.raises(ConfigError, match=message):
         hosts.start(*given)
     assert not hosts.started()
+
+
+def test_who_waits_in_vain_for_the_others_ends_with_a_name():
+    code = f"from jaxdiff.train import hosts; hosts.start('127.0.0.1:{free_port()}', 2, 0, timeout=1)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == hosts.LOST
+    assert "error: HostError: the processes of this run did not all come within 1 s" in ended.stderr
 
 
 def test_without_a_cluster_the_answer_says_what_to_give(monkeypatch):

@@ -32,6 +32,7 @@ T = TypeVar("T")
 LOST = 75  # the exit status that sysexits.h calls EX_TEMPFAIL: start all processes again
 _ROOM = "jaxdiff/"
 _calls: collections.Counter[str] = collections.Counter()
+_abort: Any = None  # the handler that C holds must not be collected
 
 
 def start(
@@ -53,6 +54,10 @@ def start(
         raise ConfigError(f"{' and '.join(missing)} missing: give coordinator, num_processes and process_id, or none.")
     _check_numbers(num_processes, process_id)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from whoever trains
+    late = (
+        f"the processes of this run did not all come within {timeout} s, or {coordinator or 'process 0'} is not there"
+    )
+    _on_abort(lambda: _lost(late))
     try:
         jax.distributed.initialize(
             coordinator,
@@ -69,10 +74,9 @@ def start(
             "processes the same coordinator=HOST:PORT and num_processes, and each its own process_id from 0."
         ) from error
     except RuntimeError as error:
-        raise HostError(
-            f"the processes of this run did not all come within {timeout} s: {str(error).splitlines()[0]} Start "
-            f"them all with the same command, and see that {coordinator or 'process 0'} can be reached."
-        ) from error
+        raise HostError(f"{late}: {str(error).splitlines()[0]}") from error
+    finally:
+        _on_abort(None)
 
 
 def _check_numbers(num_processes: int | None, process_id: int | None) -> None:
@@ -188,7 +192,6 @@ class Watch:
         self._asked, self._stop = False, (sys.maxsize, 0)
         self._unanswered = 0.0
         self._over = threading.Event()
-        self._abort: Any = None
 
     def agree(self, number: int | None) -> int | None:
         """The signal for which all processes stop now, or None: call it once a step, with the signal taken here.
@@ -208,7 +211,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self._many:
             if jax.process_index() > 0:
-                self._take_abort()
+                _on_abort(_name_a_lost_coordinator)
             for act in (self._beat, self._judge):
                 threading.Thread(target=act, daemon=True, name="hosts").start()
         return self
@@ -296,39 +299,44 @@ class Watch:
 
     def _end(self, why: str) -> NoReturn:
         self._over.set()
-        print(
-            f"error: {HostError.__name__}: {why.rstrip('.')}. This process ({jax.process_index()}) ends too, "
-            f"with status {LOST}. Start all again with the same command: the run resumes from its newest checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
         try:
+            _say(f"{why.rstrip('.')}. This process ({jax.process_index()}) ends too, with status {LOST}")
             self._tell(why)
         finally:
             os._exit(LOST)
 
-    def _take_abort(self) -> None:
-        """When process 0 goes, JAX aborts the others from a thread of its own: give that end a name and a status."""
-        libc = ctypes.CDLL(None)
 
-        def on_abort(_: int) -> None:
-            if self._coordinator_is_gone():
-                self._unanswered = sys.maxsize
-                self._end("process 0, through which all speak, is gone")
-            libc.signal(signal.SIGABRT, None)  # another cause: as without us
+def _say(why: str) -> None:
+    hint = "Start all again with the same command: the run resumes from its newest checkpoint."
+    print(f"error: {HostError.__name__}: {why}. {hint}", file=sys.stderr, flush=True)
 
-        self._abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(on_abort)
-        libc.signal(signal.SIGABRT, self._abort)
 
-    @staticmethod
-    def _coordinator_is_gone() -> bool:
-        from jax._src import distributed
+def _lost(why: str) -> NoReturn:
+    _say(why)
+    os._exit(LOST)
 
-        host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
-        for _ in range(10):
-            try:
-                socket.create_connection((host, int(port)), timeout=1).close()
-            except OSError:
-                return True
-            time.sleep(0.2)
-        return False
+
+def _on_abort(act: Callable[[], None] | None) -> None:
+    """Call `act` before this process aborts: where process 0 cannot be reached, JAX does that from its own threads."""
+    global _abort
+    _abort = None if act is None else ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: act())
+    ctypes.CDLL(None).signal(signal.SIGABRT, _abort)  # no handler is the default one
+
+
+def _name_a_lost_coordinator() -> None:
+    if _coordinator_is_gone():
+        _lost("process 0, through which all speak, is gone")
+    ctypes.CDLL(None).signal(signal.SIGABRT, None)  # another cause: as without us
+
+
+def _coordinator_is_gone() -> bool:
+    from jax._src import distributed
+
+    host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+    for _ in range(10):
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+        except OSError:
+            return True
+        time.sleep(0.2)
+    return False

@@ -3,8 +3,8 @@
     python -m tests.oracles.hosts --trials 6
 
     meshes    a U-Net, 200 steps on 8 devices against 1; saved on 8, restored on 1, 2 and 4, and back
-    hosts     two processes of two devices each, over loopback, against one process of four; one of the two killed at a
-              random instant, or sent a signal; both started again by the same command
+    hosts     two processes of two devices each, over loopback, against one process of four; one of the two killed or
+              halted at a random instant, or sent a signal; both started again by the same command
 
 The devices are those that XLA makes of one CPU. A trial passes where the one that lives ends by itself within 60 s,
 with its status and the name of the other, and where the run that went on has every bit of the one left alone.
@@ -168,15 +168,19 @@ class Pair:
 
 
 def interrupted(pair: Pair, rng: np.random.Generator, number: int, which: int) -> tuple[list[str], float]:
-    """Send a signal to one of the two; what went wrong, and how long the other lived."""
+    """Send a signal to one of the two, SIGSTOP for one that hangs; what went wrong, and how long the other lived."""
     pair.start()
     pair.wait_for(20 * int(rng.integers(1, 4)))
     time.sleep(rng.uniform(0, 0.5))
     pair.processes[which].send_signal(number)
     sent = time.monotonic()
-    statuses = pair.end(patience=300)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        pair.processes[1 - which].wait(300)
     took = time.monotonic() - sent
-    if number == signal.SIGKILL:
+    if number == signal.SIGSTOP:
+        pair.processes[which].kill()
+    statuses = pair.end(patience=300)
+    if number in (signal.SIGKILL, signal.SIGSTOP):
         wrong = [] if statuses[1 - which] == 75 else [f"statuses {statuses}"]
         wrong += [] if f"HostError: process {which}" in pair.said(1 - which) else ["the other does not name it"]
         wrong += [] if took < 60 else [f"the other lived for {took:.0f} s"]
@@ -212,13 +216,15 @@ def try_hosts(root: Path, trials: int, rng: np.random.Generator) -> bool:
             raise RuntimeError(pair.said(0))
         results[name] = (pair.directory / "metrics.jsonl").read_text(), reliability.digest(pair.directory)
     passed = results["one process"][0] == results["two processes"][0]
-    print(f"two processes against one: the same log {passed}, the same bits {len(set(results.values())) == 1}")
-    numbers = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+    print(
+        f"two processes against one: the same log {passed}, the same bits {len(set(results.values())) == 1}", flush=True
+    )
+    numbers = [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT]
     good, longest = 0, 0.0
     for i in range(trials):
         pair, number = Pair(root / f"trial {i}", steps), numbers[i // 2 % 4]
         wrong, took = interrupted(pair, rng, number, i % 2)
-        longest = max(longest, took if number == signal.SIGKILL else 0)
+        longest = max(longest, took if number in (signal.SIGKILL, signal.SIGSTOP) else 0)
         pair.start()
         if any(pair.end()):
             wrong.append(f"the resumed run failed: {pair.said(0)[-500:]}")
@@ -230,7 +236,7 @@ def try_hosts(root: Path, trials: int, rng: np.random.Generator) -> bool:
         print(
             f"trial {i}, signal {number} to process {i % 2}, {took:.1f} s: {'; '.join(wrong) or 'passed'}", flush=True
         )
-    print(f"interrupted, resumed, the same bits: {good} of {trials}; after a kill the other lived {longest:.1f} s")
+    print(f"interrupted, resumed, the same bits: {good} of {trials}; killed or halted, noticed in {longest:.1f} s")
     return passed and good == trials
 
 
