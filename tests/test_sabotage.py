@@ -1,19 +1,31 @@
 """A broken solver is noticed: a few mutants of every file here, all of them by `python -m tests.oracles.sabotage`."""
 
+import pytest
+
 from jaxdiff import solver
-from tests.oracles import judge, sabotage
+from tests.oracles import sabotage
 
 
 def some(file, count=2):
-    """`count` mutants of a file, far from each other, that are not known to be equivalent."""
+    """`count` mutants of a file, far from each other, that are not named as equivalent."""
     living = [mutant for mutant in sabotage.mutants(file) if not sabotage.equivalent(mutant)]
     return living[len(living) // 3 :: len(living) // count][:count]
 
 
-def test_broken_solvers_are_noticed():
-    tried = [mutant for file in sabotage.files() for mutant in some(file)]
-    unnoticed = [mutant.name for mutant in tried if not sabotage.verdict(mutant)]
-    assert len(unnoticed) <= 0.1 * len(tried), unnoticed
+@pytest.mark.parametrize("file", sabotage.files())
+def test_broken_solvers_are_noticed(file):
+    if file == "adaptive.py":
+        pytest.importorskip("equinox", reason="needs the ode extra")
+    assert [mutant.name for mutant in some(file) if not sabotage.verdict(mutant)] == []
+
+
+def test_what_is_named_as_equivalent_is_there_once_and_passes():
+    every = {mutant.name: mutant for file in sabotage.files() for mutant in sabotage.mutants(file)}
+    named = [name for names in sabotage.EQUIVALENT.values() for name in names]
+    assert not set(named) - set(every)
+    assert len(set(named)) == len(named)
+    for name in [name for name in named if name.startswith(("langevin", "consistency"))]:
+        assert sabotage.verdict(every[name]) is None
 
 
 def test_a_mutant_is_in_force_only_while_it_is_asked_for():
@@ -28,20 +40,14 @@ def test_a_mutant_is_in_force_only_while_it_is_asked_for():
     assert after.ddim is before
 
 
-def test_a_solver_that_is_only_written_anew_lives():
+def test_a_solver_that_is_only_written_anew_lives_and_one_that_does_not_run_is_told_apart():
     source = (sabotage.ROOM / "dpm.py").read_text(encoding="utf-8")
     assert sabotage.verdict(sabotage.Mutant("none", "dpm.py", "dpmpp_2m", lambda: source)) is None
+    crashing = sabotage.Mutant("none", "dpm.py", "dpmpp_2m", lambda: source.replace("2 * h_prev", "nothing"))
+    assert sabotage.CRASH in sabotage.verdict(crashing)
 
 
-def test_a_mutant_that_moves_the_end_is_told_from_one_that_does_not():
-    every = [mutant for file in sabotage.files() for mutant in sabotage.mutants(file)]
-    same = next(mutant for mutant in every if sabotage.equivalent(mutant) not in (None, sabotage.IN_LAW))
-    assert sabotage.moved(same) < 1e-11
-    assert (
-        max(sabotage.moved(mutant) for mutant in every if mutant.name.startswith("runge_kutta.py: euler: sch")) > 1e-6
-    )
-
-
-def test_facts_are_stated_only_of_solvers_that_there_are():
-    assert set(judge.STATED) <= {*solver.ALL, *sabotage.OTHERS}
-    assert all(judge.stated(name).order == solver.ORDER.get(name) for name in solver.ALL)
+def test_a_number_an_operator_a_term_a_name_and_a_guard_are_broken():
+    changes = {mutant.name.split(": ", 2)[2] for mutant in sabotage.mutants("dpm.py")}
+    assert {"2 -> 3", "x0 - x0_prev -> x0 + x0_prev", "x0 - x0_prev -> x0", "t -> s", "jnp.expm1 -> jnp.exp"} <= changes
+    assert "jnp.where(schedule.sigma(s) > 0, over(h, 2 * h_prev), 0.0) -> over(h, 2 * h_prev)" in changes

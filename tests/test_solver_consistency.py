@@ -68,22 +68,6 @@ def test_a_posterior_mean_is_not_enough_for_consistency_sampling():
     assert not set(solver.DISTILLED) & set(solver.ALL)
 
 
-def test_tcd_is_the_printed_algorithm():
-    # Zheng et al. 2024, Algorithm 4, on alpha^2 + sigma^2 = 1: DDIM to s', then the forward process to s.
-    used, gamma = schedule.cosine(), 0.4
-    x, x0, new = 0.7, 0.2, -1.3
-    with jax.enable_x64(True):
-        t, s, down = 0.8, 0.5, (1 - gamma) * 0.5
-        alpha = {u: float(used.alpha(jnp.asarray(u))) for u in (t, s, down)}
-        eps = (x - alpha[t] * x0) / np.sqrt(1 - alpha[t] ** 2)
-        lower = alpha[down] * x0 + np.sqrt(1 - alpha[down] ** 2) * eps
-        ratio = alpha[s] / alpha[down]
-        solve = solver.tcd(used, gamma=gamma, noise=lambda key, x, t, s: jnp.full_like(x, new))
-        rows = jnp.full((1, 1), x)
-        ours, _ = solve.step(None, lambda x, t: jnp.full_like(x, x0), rows, jnp.asarray(t), jnp.asarray(s), ())
-    np.testing.assert_allclose(ours, ratio * lower + np.sqrt(1 - ratio**2) * new, rtol=1e-9)
-
-
 @pytest.mark.parametrize("name", solver.DISTILLED)
 def test_distilled_samplers_are_finite_from_pure_noise_and_end_at_the_answer(name):
     for used in (USED["cosine"], schedule.zero_terminal_snr(schedule.ddpm_table()), schedule.ve()):

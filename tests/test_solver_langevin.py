@@ -109,45 +109,6 @@ def test_a_restart_happens_once_where_the_level_is_passed_and_not_at_clean_data(
     assert sample.nfe(make, [times[0], 0.0]) == 1
 
 
-def test_sa_solver_is_the_algorithm_in_numpy():
-    # Xue et al. 2023, Algorithm 1, s_p = s_c = 2 steps, at alpha = 1; lambda = -log sigma.
-    tau, sigmas = 0.8, np.array([20.0, 6.0, 1.5, 0.4, 0.1])
-    draws = np.random.default_rng(0).normal(size=(4, 2, 1))
-    nodes, weights = np.polynomial.legendre.leggauss(30)
-
-    def integral(h, points, values):
-        """int a e^(-a (1 - v)) times the line through (points, values), v from 0 to 1, by quadrature."""
-        v, a = (nodes + 1) / 2, (1 + tau**2) * h
-        line = [values[0] + (values[1] - values[0]) * (u - points[0]) / (points[1] - points[0]) for u in v]
-        return sum(w / 2 * a * np.exp(-a * (1 - u)) * value for w, u, value in zip(weights, v, line, strict=True))
-
-    def answer(x, sigma):
-        return 0.3 + 0.25 / (0.25 + sigma**2) * (x - 0.3)
-
-    x = predicted = np.array([[-8.0], [15.0]])
-    x0, before = answer(x, sigmas[0]), None
-    for n, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
-        h = np.log(sigma / following)
-        carried = following / sigma * np.exp(-(tau**2) * h) * x
-        carried = carried + following * np.sqrt(-np.expm1(-2 * tau**2 * h)) * draws[n]
-        points = (0.0, -1.0) if before is None else (0.0, -before[0] / h)
-        predicted = carried + integral(h, points, (x0, x0 if before is None else before[1]))
-        following_x0 = answer(predicted, following)
-        x = carried + integral(h, (0.0, 1.0), (x0, following_x0))
-        x0, before = following_x0, (h, x0)
-
-    handed = iter(draws)
-    with jax.enable_x64(True), jax.disable_jit():
-        used = schedule.edm()
-        solve = solver.sa_solver(used, tau=tau, noise=lambda key, x, t, s: jnp.asarray(next(handed)))
-        times = np.asarray(used.inverse(jnp.asarray(-2 * np.log(sigmas))))
-        ours = jnp.asarray([[-8.0], [15.0]])
-        memory, data, keys = solve.init(ours), Gaussian(used, 0.3, 0.25), jax.random.split(jax.random.key(0), 2)
-        for t, s in itertools.pairwise(times):
-            ours, memory = solve.step(keys, data.denoise, ours, jnp.asarray(t), jnp.asarray(s), memory)
-    np.testing.assert_allclose(ours, predicted, rtol=1e-8)
-
-
 @pytest.mark.parametrize(("tau", "num_steps"), [(0.0, 400), (1.0, 200)])
 def test_sa_solver_is_of_order_two_in_law_at_least(tau, num_steps):
     used = schedule.edm()

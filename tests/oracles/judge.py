@@ -195,17 +195,9 @@ STATED = {
     "dpmpp_sde": Facts(weak=2),
     "sa_solver": Facts(weak=2),
     "heun_churn": Facts(weak=2, gain=None, churn=lambda rho: 1.2, at=_churned),
-    "euler_churn": Facts(gain=None, churn=lambda rho: 1.2, at=_churned),
     "heun_churn_range": Facts(weak=2, gain=None, churn=lambda rho: 1.2 if 0.4 < rho < 0.9 else 1.0, at=_churned),
     "dpm2": Facts(order=2, long=False),  # its points are uniform in log-SNR, its weights in sigma / alpha
-    "ddim_eta_half": Facts(gain=0.25),
     "dpmpp_2m_sde_half": Facts(weak=2, gain=0.5),
-    "dpmpp_3m_sde_half": Facts(weak=2, gain=0.5),
-    "dpmpp_sde_half": Facts(weak=2, gain=0.5),
-    "sa_solver_less": Facts(weak=2, gain=0.49, small=2e-5),
-    "dpmpp_2m_sde_flow": Facts(order=2),
-    "dpmpp_3m_sde_flow": Facts(order=2, most=3, more=(("start", 3, 3),)),
-    "dpmpp_sde_flow": Facts(order=2),
     "sa_solver_flow": Facts(order=2, most=3, kinds=("logsnr", "full")),
     "predictor_corrector": Facts(gain=None),
     "annealed_langevin": Facts(gain=None, loops=10, moves=True),
@@ -214,8 +206,17 @@ STATED = {
 """Of solvers of which more is to be said than `solver.ORDER` does."""
 
 
+SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "ddim_inversion": solver.ddim_inversion,
+    "heun_churn_range": functools.partial(solver.heun, gamma=0.2, sigma_range=(0.4, 0.9)),
+    "dpmpp_2m_sde_half": functools.partial(solver.dpmpp_2m_sde, eta=0.5),
+    "sa_solver_flow": functools.partial(solver.sa_solver, tau=0.0),
+}
+"""Settings that `solver.ALL` does not list, and the solver that goes up."""
+
+
 def stated(name: str) -> Facts:
-    """The facts of a solver of `solver.ALL`."""
+    """The facts of a solver of `solver.ALL` or of `SETTINGS`."""
     return STATED.get(name, Facts(order=solver.ORDER.get(name)))
 
 

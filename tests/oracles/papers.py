@@ -253,7 +253,7 @@ def transfer(p, x, slope, t, s):
     return p.levels.alpha(s) * (x - p.levels.sigma(t) * slope) / p.levels.alpha(t) + p.levels.sigma(s) * slope
 
 
-def adams(update):
+def multistep(update):
     """The frame of methods that keep past eps: from alpha = 0 they take a step of DDIM."""
 
     def step(p, x, t, s, memory, **settings):
@@ -268,7 +268,7 @@ def adams(update):
     return clean_end(step)
 
 
-@adams
+@multistep
 def lms(p, x, x0, t, s, memory, order=4):
     """k-diffusion's sample_lms in x / alpha: the polynomial through eps in rho, integrated."""
     here, length = p.levels.rho(t), p.levels.rho(s) - p.levels.rho(t)
@@ -280,7 +280,7 @@ def lms(p, x, x0, t, s, memory, order=4):
     return p.levels.alpha(s) * (x / p.levels.alpha(t) + total)
 
 
-@adams
+@multistep
 def deis(p, x, x0, t, s, memory, order=3):
     """Zhang & Chen 2023, tAB: int L_j(u) drho(u), L_j Lagrange's in t; Gauss' rule in 8 points of log-SNR."""
     if len(memory["t"]) == 2 and order == 3:
@@ -292,18 +292,18 @@ def deis(p, x, x0, t, s, memory, order=3):
     here, there = p.levels.half_logsnr(t), p.levels.half_logsnr(s)
     lambdas = (here + there) / 2 + (there - here) / 2 * points
     nodes, values = memory["t"][:order], memory["eps"][:order]
-    total = 0.0
+    total = (p.levels.rho(s) - p.levels.rho(t)) * values[0]  # a constant is integrated without the rule
     for j, value in enumerate(values):
         others = [node for i, node in enumerate(nodes) if i != j]
         lagrange = np.prod([(p.levels.time(lambdas) - node) / (nodes[j] - node) for node in others], axis=0)
-        total = total + (there - here) / 2 * np.sum(weights * -np.exp(-lambdas) * lagrange) * value
+        total = total + (there - here) / 2 * np.sum(weights * -np.exp(-lambdas) * lagrange) * (value - values[0])
     return p.levels.alpha(s) * (x / p.levels.alpha(t) + total)
 
 
 ADAMS_BASHFORTH = [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 
 
-@adams
+@multistep
 def pndm(p, x, x0, t, s, memory, order=4, start="lower"):
     """Liu et al. 2022, Algorithm 2, started with lower orders (iPNDM), improved Euler (PLMS) or Runge-Kutta (PNDM)."""
     past = memory["eps"]

@@ -93,12 +93,12 @@ def _path(keys: jax.Array, logsnr: float, width: int) -> np.ndarray:
 
 def brownian(solvers: Any) -> str | None:
     """The noise over a span: (Z_s - e^(-d/2) Z_t) / sqrt(1 - e^-d); in a step that goes up, fresh noise."""
-    levels, width = printed.VP, 2
+    levels, width = printed.VP, 3  # not the number of rows
     normal = lambda key, shape, dtype: jnp.asarray(_normals(np.asarray(jax.random.key_data(key)), width))  # noqa: E731
     with printed.eagerly(), jax.debug_key_reuse(False), mock.patch.object(process, "normal", normal):
         keys, other = (jax.random.split(jax.random.key(n), 2) for n in (0, 1))
         noise, x = solvers.brownian_path(keys, printed.Schedule(levels)), jnp.zeros((2, width))
-        for t, s in ((0.7, 0.4), (1.0, 0.8), (0.3, 0.0), (0.5, 0.499), (0.5, 0.5), (0.4, 0.7)):
+        for t, s in ((0.7, 0.4), (1.0, 0.8), (1.0, 1 - 2**-53), (0.3, 0.0), (0.5, 0.499), (0.5, 0.5), (0.4, 0.7)):
             found = noise(other, x, jnp.asarray(t), jnp.asarray(s))
             if t > s:
                 (z_t, z_s), d = (

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxdiff import process
+from jaxdiff import process, solver
 from jaxdiff.denoise import LearnedRange, LearnedVariance
 from tests.oracles import papers
 
@@ -141,6 +141,8 @@ PROBLEMS = (
 """(levels, times): uneven steps, from alpha = 0 to sigma = 0, single steps, a short one."""
 UPWARD = tuple((levels, times[::-1]) for levels, times in PROBLEMS)
 AT_HALF = ((FLOW, (0.7, 0.5, 0.3)),)  # sigma / alpha is 1 there, exactly: the edge of a range
+FINE = ((VP, (0.5, 0.005, 0.002)),)
+LONG = ((FLOW, (0.97, 0.93, 0.005, 0.0)),)
 LOW = ((VP, (0.6, 0.3, 0.099, 0.03)),)  # sigma / alpha is 0.11 before the last step
 
 
@@ -228,7 +230,7 @@ class Case(NamedTuple):
     def derivative(self, solvers: Any) -> str | None:
         """Whether the derivative by x, from alpha = 0 to sigma = 0, is that of the values."""
         for levels, times in self.problems[1:2]:
-            problem = Problem(levels, times)
+            problem = Problem(levels, times[::2])
 
             def end(x, problem=problem):
                 denoise = lambda x, t: self.wrap(answer(jnp, x, t))  # noqa: E731
@@ -289,7 +291,7 @@ CASES: dict[str, Case] = {
     "ddim": _alike("ddim", papers.ddim),
     "ddim_0.6": _alike("ddim", papers.ddim, eta=0.6),
     "ddim_1": _alike("ddim", papers.ddim, eta=1.0),
-    "ddpm_small": Case(_made("ddpm"), papers.ddpm),
+    "ddpm": Case(_made("ddpm"), papers.ddpm),
     "ddpm_large": Case(_made("ddpm", variance="fixed_large"), functools.partial(papers.ddpm, share=1.0)),
     "ddpm_range": Case(
         _made("ddpm", variance="learned_range"),
@@ -305,22 +307,24 @@ CASES: dict[str, Case] = {
     "euler_ancestral_rf_0.4": _alike("euler_ancestral_rf", papers.euler_ancestral_rf, eta=0.4),
     "euler": _alike("euler", papers.euler),
     "euler_churn": _alike("euler", papers.euler, **CHURN),
+    "euler_churn_everywhere": _alike("euler", papers.euler, FINE, gamma=0.4),
     "heun": _alike("heun", papers.heun),
     "heun_churn": _alike("heun", papers.heun, **CHURN),
     "heun_churn_from": _alike("heun", papers.heun, AT_HALF, gamma=0.4, sigma_range=(1.0, 9.0)),
     "heun_churn_to": _alike("heun", papers.heun, AT_HALF, gamma=0.4, sigma_range=(0.1, 1.0)),
-    "heun_churn_everywhere": _alike("heun", papers.heun, gamma=0.4),
+    "heun_churn_everywhere": _alike("heun", papers.heun, (*PROBLEMS, *FINE), gamma=0.4),
     "midpoint": _alike("midpoint", papers.midpoint),
     "dpm2": _alike("dpm2", papers.dpm2),
     "dpmpp_2s": _alike("dpmpp_2s", papers.dpmpp_2s),
     "dpmpp_2m": _alike("dpmpp_2m", papers.dpmpp_2m),
     "dpmpp_3m": _alike("dpmpp_3m", papers.dpmpp_3m),
-    "unipc_2": _alike("unipc", papers.unipc),
+    "unipc": _alike("unipc", papers.unipc),
     "unipc_3": _alike("unipc", papers.unipc, order=3),
     "unipc_2_bh1": _alike("unipc", papers.unipc, variant="bh1"),
     "unipc_3_bh1": _alike("unipc", papers.unipc, order=3, variant="bh1"),
     "deis_2": _alike("deis", papers.deis, order=2),
-    "deis_3": _alike("deis", papers.deis),
+    "deis_in_long_steps": _alike("deis", papers.deis, LONG),
+    "deis": _alike("deis", papers.deis),
     "lms": _alike("lms", papers.lms),
     "lms_1": _alike("lms", papers.lms, order=1),
     "lms_2": _alike("lms", papers.lms, order=2),
@@ -379,3 +383,5 @@ CASES: dict[str, Case] = {
         both=False,
     ),
 }
+DIFFERENTIATED = {name: case for name, case in CASES.items() if name in (*solver.__all__, "ddpm_range", "heun_churn")}
+"""Every solver once."""

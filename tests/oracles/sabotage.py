@@ -2,9 +2,9 @@
 
 A mutant is the source of one file of jaxdiff/solver with one change: a number, an operator, a dropped term or factor, a
 comparison, t for s, alpha for sigma, a function of jnp, a branch of `where`. The package is imported anew with it, and
-the judge looks at the solvers that run the changed function, until it complains of one. Arguments' checks and their
-messages are left alone: they have tests of their own. Mutants that change nothing are named in `EQUIVALENT`, with the
-reason, and checked.
+the checks of `tests/test_printed.py` that run the changed function are made, until one complains. Arguments' checks and
+their messages are left alone: they have tests of their own. Mutants that change nothing are named in `EQUIVALENT`, with
+the reason; the command says where a check sees one of them after all.
 """
 
 import ast
@@ -12,99 +12,118 @@ import contextlib
 import copy
 import functools
 import importlib
-import itertools
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
 import jaxdiff
 from jaxdiff import solver
-from tests.oracles import judge
+from tests.oracles import parts, printed
 
 ROOM = Path(jaxdiff.__file__).parent / "solver"
 PACKAGE = "jaxdiff.solver"
-LIMIT = 120  # seconds for one solver; who takes longer is caught
-
-OTHERS: dict[str, Callable[[Any], Any]] = {
-    "ddim_inversion": lambda solvers: solvers.ddim_inversion,
-    "heun_churn_range": lambda solvers: functools.partial(solvers.heun, gamma=0.2, sigma_range=(0.4, 0.9)),
-    "euler_churn": lambda solvers: functools.partial(solvers.euler, gamma=0.2),
-    "ddim_eta_half": lambda solvers: functools.partial(solvers.ddim, eta=0.5),
-    "dpmpp_2m_sde_half": lambda solvers: functools.partial(solvers.dpmpp_2m_sde, eta=0.5),
-    "dpmpp_3m_sde_half": lambda solvers: functools.partial(solvers.dpmpp_3m_sde, eta=0.5),
-    "dpmpp_sde_half": lambda solvers: functools.partial(solvers.dpmpp_sde, eta=0.5),
-    "sa_solver_less": lambda solvers: functools.partial(solvers.sa_solver, tau=0.7),
-    "dpmpp_2m_sde_flow": lambda solvers: functools.partial(solvers.dpmpp_2m_sde, eta=0.0),
-    "dpmpp_3m_sde_flow": lambda solvers: functools.partial(solvers.dpmpp_3m_sde, eta=0.0),
-    "dpmpp_sde_flow": lambda solvers: functools.partial(solvers.dpmpp_sde, eta=0.0),
-    "sa_solver_flow": lambda solvers: functools.partial(solvers.sa_solver, tau=0.0),
-}
-"""Settings that `solver.ALL` does not list, of a package of solvers; see `judge.STATED`."""
+LIMIT = 60  # seconds for one check; who takes longer is caught
+CRASH = "crash: "
+_DERIVATIVE = "_derivative"
 
 EQUIVALENT: dict[str, tuple[str, ...]] = {
     "what is not there yet has weight 0": (
-        "dpm.py: dpmpp_2m: jnp.zeros_like -> jnp.ones_like",
-        "dpm_sde.py: dpmpp_3m_sde: jnp.zeros_like -> jnp.ones_like",
-        "polynomial.py: beyond_first: 0.0 -> 0.01 (2)",
+        "base.py: no_step: jnp.zeros_like -> jnp.ones_like",
         "polynomial.py: no_past: jnp.zeros_like -> jnp.ones_like",
+        "polynomial.py: beyond_first: 0.0 -> 0.01 (2)",
+        "polynomial.py: beyond_first: k - 1 -> k",
+        "sa.py: sa_solver: jnp.zeros_like -> jnp.ones_like",
+        "sa.py: sa_solver: jnp.zeros_like -> jnp.ones_like (2)",
+        "unipc.py: unipc: 0 -> 1 (3)",
     ),
-    "the edge of a range": ("runge_kutta.py: _make_churn: sigma >= low -> sigma > low",),
-    "sigma_s is 0 where it is read": (
+    "its factor is 0": (
+        "ancestral.py: ddim: jnp.zeros_like -> jnp.ones_like",
+        "multistep.py: plms: t -> s (2)",
+        "unipc.py: _moments: 0 -> 1",
+        "unipc.py: unipc: 0 * h -> 0 / h",
+        "unipc.py: unipc: 0 * h -> 0",
+        "unipc.py: unipc: 0 * h -> 0 / h (2)",
+        "unipc.py: unipc: 0 * h -> 0 (2)",
+    ),
+    "where it is read, sigma is 0 and alpha 1": (
+        "adaptive.py: adaptive: schedule.alpha(s) * estimate(denoise(x, last)) -> estimate(denoise(x, last))",
+        "dpm_sde.py: dpmpp_sde: schedule.alpha(s) * x0 -> x0",
+        "langevin.py: annealed_langevin: schedule.alpha(s) * estimate(denoise(x, t)) -> estimate(denoise(x, t))",
         "runge_kutta.py: midpoint: alpha_s * x0 + sigma_s * eps -> alpha_s * x0 - sigma_s * eps",
-        "runge_kutta.py: midpoint: eps -> x0 (2)",
+        "runge_kutta.py: midpoint: alpha_s * x0 + sigma_s * eps -> alpha_s * x0",
+        "runge_kutta.py: midpoint: alpha_s * x0 -> x0",
         "runge_kutta.py: midpoint: sigma_s * eps -> sigma_s / eps",
+        "runge_kutta.py: midpoint: sigma_s * eps -> sigma_s",
+        "runge_kutta.py: midpoint: eps -> x0 (2)",
     ),
-    "a guard against 0 that does not occur there, or is masked": (
-        "ancestral.py: ddim_inversion: 1.0 -> 1.11",
-        "ancestral.py: ddim_inversion: alpha_t > 0 -> alpha_t >= 0",
-        "ancestral.py: ddpm: jnp.where(sigma_s > 0, sigma_s / sigma_t, 1.0) -> sigma_s / sigma_t",
-        "ancestral.py: ddpm: sigma_s -> sigma_t",
+    "there sigma_s is 0, and the noise of such a step is not read": (
+        "ancestral.py: _between: jnp.where(sigma_s > 0, sigma_s / sigma_t, 1.0) -> sigma_s / sigma_t",
+        "ancestral.py: _between: sigma_s > 0 -> sigma_s >= 0",
+        "ancestral.py: _between: sigma_s -> sigma_t",
+        "ancestral.py: _between: 1.0 -> 1.11",
+    ),
+    "in steps down sigma_t > 0, in steps up alpha_s > 0: this guard does not act": (
         "base.py: mix: jnp.where(sigma_t > 0, sigma_t, 1.0) -> sigma_t",
+        "base.py: mix: sigma_t > 0 -> sigma_t >= 0",
         "base.py: mix: sigma_t -> sigma_s",
-        "base.py: predict: jnp.where(sigma > 0, sigma, 1.0) -> sigma",
-        "dpm.py: dpmpp_2m: (schedule.sigma(s) > 0) & (h_prev > 0) -> schedule.sigma(s) > 0",
-        "dpm.py: dpmpp_2m: 1.0 -> 1.11",
-        "dpm.py: dpmpp_2m: h_prev > 0 -> h_prev >= 0",
-        "dpm.py: dpmpp_2m: h_prev > 0 -> h_prev >= 0 (2)",
-        "polynomial.py: phi: 1.0 -> 1.11",
-        "runge_kutta.py: _make_churn: alpha -> sigma (2)",
+        "base.py: mix: 1.0 -> 1.11",
+        "restart.py: _up: jnp.where(alpha_s > 0, alpha_s, 1.0) -> alpha_s",
+        "restart.py: _up: alpha_s > 0 -> alpha_s >= 0",
+        "restart.py: _up: 1.0 -> 1.11",
+    ),
+    "a guard inside of another one, for derivatives by times": (
+        "base.py: over: jnp.where(b > 0, b, 1.0) -> b",
+        "base.py: over: b > 0 -> b >= 0 (2)",
+        "langevin.py: annealed_langevin: jnp.where(alpha_t > 0, alpha_t, 1.0) -> alpha_t",
+        "langevin.py: annealed_langevin: alpha_t > 0 -> alpha_t >= 0",
         "runge_kutta.py: _make_churn: jnp.where(alpha > 0, alpha, 1.0) -> alpha",
+        "runge_kutta.py: _make_churn: alpha > 0 -> alpha >= 0 (2)",
+        "runge_kutta.py: _make_churn: alpha -> sigma (2)",
+    ),
+    "any number but 0 would do, what is made of it is not read": (
+        "base.py: over: 1.0 -> 1.11",
+        "base.py: predict: 1.0 -> 1.11",
+        "langevin.py: annealed_langevin: 1.0 -> 1.11",
+        "polynomial.py: phi: 1.0 -> 1.11",
+        "runge_kutta.py: _make_churn: 1.0 -> 1.11",
         "runge_kutta.py: dpm2: 1.0 -> 1.11",
-        "runge_kutta.py: dpm2: alpha_t > 0 -> alpha_t >= 0",
-        "runge_kutta.py: dpm2: alpha_t > 0 -> alpha_t >= 0 (2)",
     ),
-    "the same in law: noise of the other sign": (
-        "ancestral.py: ddpm: mean + jnp.where(s > 0, std, 0.0) * noise(key, x, t, s) -> mean - jnp.where(s > "
-        "0, std, 0.0) * noise(key, x, t, s)",
-        "runge_kutta.py: _make_churn: ratio * x + std * process.normal(key, x.shape, x.dtype) -> ratio * x - "
-        "std * process.normal(key, x.shape, x.dtype)",
-    ),
-    "only the ratio of two of them is read": (
-        "dpm.py: dpmpp_2m: (schedule.logsnr(s) - schedule.logsnr(t)) / 2 -> (schedule.logsnr(s) - schedule.lo"
-        "gsnr(t)) * 2",
-        "dpm.py: dpmpp_2m: 2 -> 3",
-    ),
-    "a change below rounding, or a term that is not read": (
+    "a change below rounding": (
+        "consistency.py: tcd: 0.0 -> 0.01",
         "polynomial.py: : 18 -> 19",
         "polynomial.py: phi: 1 -> 2",
         "polynomial.py: phi: 1 -> 2 (2)",
+        "polynomial.py: phi: _TERMS - 1 -> _TERMS + 1",
         "polynomial.py: phi: _TERMS - 1 -> _TERMS",
         "polynomial.py: phi: h < 1 -> h <= 1",
+        "brownian.py: _stationary: 1 -> 2 (3)",
     ),
-    "only the type of t is read": ("multistep.py: deis: t -> s (5)",),
     "one number more than is read, or the same number": (
+        "dpm_sde.py: dpmpp_3m_sde: 3 -> 4",
         "dpm.py: dpmpp_3m: 3 -> 4",
         "multistep.py: _adams_bashforth: 0 -> 1",
+        "multistep.py: _adams_bashforth: 1 -> 2 (2)",
+    ),
+    "only its type is read": (
+        "adaptive.py: adaptive: t -> s (2)",
+        "multistep.py: deis: t -> s (4)",
+        "multistep.py: deis: t -> s (5)",
+        "multistep.py: ipndm: t -> s (3)",
+        "multistep.py: plms: t -> s (6)",
+        "multistep.py: pndm: t -> s (8)",
+    ),
+    "fresh noise does not look at the times": (
+        "brownian.py: brownian_path: t -> s (2)",
+        "brownian.py: brownian_path: s -> t (2)",
+    ),
+    "at a node, both sides of it give its value": (
+        "brownian.py: _stationary: logsnr >= left + width / 2 -> logsnr > left + width / 2",
     ),
 }
-"""Why -> the mutants (`Mutant.name`, exactly) that are the same solver. The command holds them to it: see `moved`."""
-
-IN_LAW = "the same in law: noise of the other sign"
+"""Why -> the mutants (`Mutant.name`, exactly) that are the same solver. The command holds them to it."""
 
 
 def equivalent(mutant: "Mutant") -> str | None:
@@ -139,20 +158,28 @@ class Mutant(NamedTuple):
 def mutants(file: str) -> list[Mutant]:
     """All mutants of a file of the room, in the order of its source."""
     text = (ROOM / file).read_text(encoding="utf-8")
-    found, seen = [], {}
-    for index, (function, node) in enumerate(_changeable(ast.parse(text), "")):
-        for number, new in enumerate(_changes(node)):
+    found, seen, tree = [], {}, ast.parse(text)
+    for index, (function, node) in enumerate(_changeable(tree, "")):
+        for number, new in enumerate(_changes(node, _bound(tree, function))):
             change = f"{file}: {function}: {ast.unparse(node)} -> {ast.unparse(new)}"
             seen[change] = seen.get(change, 0) + 1
             name = change if seen[change] == 1 else f"{change} ({seen[change]})"
-            found.append(Mutant(name, file, function, functools.partial(_changed, text, index, number)))
+            found.append(Mutant(name, file, function, functools.partial(_changed, text, function, index, number)))
     return found
 
 
-def _changed(text: str, index: int, number: int) -> str:
+def _changed(text: str, function: str, index: int, number: int) -> str:
     tree = ast.parse(text)
     node = list(_changeable(tree, ""))[index][1]
-    return ast.unparse(_replaced(tree, node, list(_changes(node))[number]))
+    return ast.unparse(_replaced(tree, node, list(_changes(node, _bound(tree, function)))[number]))
+
+
+def _bound(tree: ast.Module, function: str) -> set[str]:
+    """The names that are given a value in a function of the module: no other name can take a name's place."""
+    top = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
+    nodes = [node for each in top for node in ast.walk(each)]
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return stored | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 def _changeable(node: ast.AST, function: str) -> Iterator[tuple[str, ast.expr]]:
@@ -180,12 +207,12 @@ def _is_alias(node: ast.AST) -> bool:
     return isinstance(node, ast.AnnAssign) and ast.unparse(node.annotation) == "TypeAlias"
 
 
-def _changes(node: ast.expr) -> Iterator[ast.expr]:
-    """The expressions to put in the place of `node`."""
+def _changes(node: ast.expr, bound: set[str]) -> Iterator[ast.expr]:
+    """The expressions to put in the place of `node`, in a function with these names."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         yield ast.Constant(node.value + 1 if isinstance(node.value, int) else node.value * 1.1 + 0.01)
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-        yield from (ast.Name(other, ast.Load()) for other in SWAPS.get(node.id, ()))
+        yield from (ast.Name(other, ast.Load()) for other in SWAPS.get(node.id, ()) if other in bound)
     if isinstance(node, ast.Attribute):
         for other in SWAPS.get(node.attr, ()):
             yield ast.Attribute(node.value, other, ast.Load())
@@ -222,14 +249,12 @@ def package(mutant: Mutant | None) -> Iterator[Any]:
     own = {name: module for name, module in sys.modules.items() if (name + ".").startswith(PACKAGE + ".")}
     for name in own:
         del sys.modules[name]
-    finder = _Finder(mutant) if mutant else None
+    finder = _Finder(mutant)
+    sys.meta_path.insert(0, finder)
     try:
-        if finder:
-            sys.meta_path.insert(0, finder)
         yield importlib.import_module(PACKAGE)
     finally:
-        if finder:
-            sys.meta_path.remove(finder)
+        sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if (name + ".").startswith(PACKAGE + ".")]:
             del sys.modules[name]
         sys.modules.update(own)
@@ -237,134 +262,119 @@ def package(mutant: Mutant | None) -> Iterator[Any]:
 
 
 class _Finder:
-    """Finds the changed module before the file system does."""
+    """Finds the modules of the room before the file system does: compiled once, but for the changed one."""
 
-    def __init__(self, mutant: Mutant):
-        self.mutant, self.name = mutant, f"{PACKAGE}.{mutant.file.removesuffix('.py')}"
+    def __init__(self, mutant: Mutant | None):
+        self.mutant = mutant
 
     def find_spec(self, name, path, target=None):
-        return importlib.util.spec_from_loader(name, self) if name == self.name else None
+        inside = (name + ".").startswith(PACKAGE + ".")
+        return importlib.util.spec_from_loader(name, self, is_package=name == PACKAGE) if inside else None
 
     def create_module(self, spec):
         return None
 
     def exec_module(self, module):
-        exec(compile(self.mutant.source(), self.mutant.file, "exec"), module.__dict__)
+        file = "__init__.py" if module.__name__ == PACKAGE else f"{module.__name__.removeprefix(PACKAGE + '.')}.py"
+        changed = self.mutant is not None and self.mutant.file == file
+        code = compile(self.mutant.source(), file, "exec") if changed else _code(file)
+        exec(code, module.__dict__)
 
 
 @functools.cache
-def users() -> dict[tuple[str, str], list[str]]:
-    """(file, function) -> the names of the solvers that may run it, those that are judged fastest first."""
-    calls = {path.name: _calls(path) for path in sorted(ROOM.glob("[!_]*.py"))}
-    found: dict[tuple[str, str], list[str]] = {}
-    for name in sorted([*solver.ALL, *OTHERS], key=lambda name: name not in solver.ORDER):
-        make = _make(solver, name)
-        plain = make.func if isinstance(make, functools.partial) else make
-        todo = {plain.__name__} if plain.__name__ != "<lambda>" else set(plain.__code__.co_names)
-        reached = {(file, top) for file, tops in calls.items() for top in tops if top in todo}
-        while True:
-            more = {key for file, top in reached for key in _callees(calls, file, calls[file][top])} - reached
-            if not more:
-                break
-            reached |= more
-        for key in reached:
-            found.setdefault(key, []).append(name)
-    return found
+def _code(file: str) -> Any:
+    return compile((ROOM / file).read_text(encoding="utf-8"), file, "exec")
 
 
-def _calls(path: Path) -> dict[str, set[str]]:
-    """function -> all names in it."""
-    tops = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)]
-    return {top.name: {node.id for node in ast.walk(top) if isinstance(node, ast.Name)} for top in tops}
+def checks() -> dict[str, Callable[[Any], str | None]]:
+    """What a mutant is put to: every solver beside its paper, its derivatives, and the parts that are no solver."""
+    derivatives = {name + _DERIVATIVE: case.derivative for name, case in printed.DIFFERENTIATED.items()}
+    return {**printed.CASES, **parts.CHECKS, **derivatives}
 
 
-def _callees(calls, file: str, names: set[str]) -> Iterator[tuple[str, str]]:
-    for name in names:
-        homes = [file] if name in calls[file] else [other for other, tops in calls.items() if name in tops]
-        yield from ((home, name) for home in homes)
+@functools.cache
+def reached(name: str) -> frozenset[tuple[str, str]]:
+    """The (file, function) of the room that a check runs; a derivative runs what its values do."""
+    if name.endswith(_DERIVATIVE):
+        return reached(name.removesuffix(_DERIVATIVE))
+    found = set()
+
+    def note(frame, event, _):
+        if event == "call" and frame.f_code.co_filename.startswith(str(ROOM)):
+            found.add((Path(frame.f_code.co_filename).name, frame.f_code.co_qualname.split(".")[0]))
+
+    check, before = checks()[name], sys.getprofile()
+    sys.setprofile(note)
+    try:
+        complaint = check(solver)
+    finally:
+        sys.setprofile(before)
+    if complaint:
+        raise AssertionError(f"the solver itself is off: {name}: {complaint}")
+    return frozenset(found)
+
+
+def concerned(mutant: Mutant) -> Iterator[str]:
+    """The checks that run the mutant: those named after its function first, derivatives last."""
+    stem = mutant.function or mutant.file.removesuffix(".py")
+    for name in sorted(checks(), key=lambda name: (name.endswith(_DERIVATIVE), not name.startswith(stem), len(name))):
+        whole = {file for file, _ in reached(name)} if not mutant.function else ()
+        if (mutant.file, mutant.function) in reached(name) or mutant.file in whole:
+            yield name
 
 
 def verdict(mutant: Mutant) -> str | None:
-    """The first complaint about any solver that runs the mutant, or None: it lives."""
-
-    def too_long(*_):
-        raise TimeoutError
-
-    for name in _names(mutant):
-        before = signal.signal(signal.SIGALRM, too_long)
-        signal.alarm(LIMIT)
-        try:
-            with package(mutant) as solvers:
-                complaint = next(judge.complaints(_make(solvers, name), judge.stated(name)), None)
-        except ImportError:  # no mutant touches an import: the package itself is being changed
-            raise
-        except Exception as error:  # whatever else a mutant does, it is caught
-            complaint = f"{type(error).__name__}: {error}"
-        finally:
-            signal.alarm(0)
-            signal.signal(signal.SIGALRM, before)
+    """The first complaint of a check that runs the mutant, or None: it lives. "crash: ..." where it does not run."""
+    for name in concerned(mutant):
+        with _no_longer_than(LIMIT):
+            try:
+                with package(mutant) as solvers:
+                    complaint = checks()[name](solvers)
+            except ImportError:  # no mutant touches an import: the package itself is being changed
+                raise
+            except Exception as error:  # whatever else a mutant does, it is caught
+                complaint = f"{CRASH}{type(error).__name__}: {error}"
         if complaint:
             return f"{name}: {complaint}".splitlines()[0][:160]
     return None
 
 
-def _make(solvers: Any, name: str) -> Any:
-    return solvers.ALL[name] if name in solvers.ALL else OTHERS[name](solvers)
+@contextlib.contextmanager
+def _no_longer_than(seconds: int) -> Iterator[None]:
+    def too_long(*_):
+        raise TimeoutError
 
-
-def moved(mutant: Mutant) -> float:
-    """How far the mutant's ends are from those of the solver, over all problems of the judge (inf: not finite)."""
-    return max((_distance(mutant, name) for name in _names(mutant)), default=float("inf"))
-
-
-def _distance(mutant: Mutant, name: str) -> float:
-    with package(None) as solvers:
-        right = _ends(solvers, name)
-    with package(mutant) as solvers:
-        found = _ends(solvers, name)
-    both = np.isfinite(right) == np.isfinite(found)
-    return float(np.nanmax(np.abs(found - right) / (1 + np.abs(right)))) if both.all() else float("inf")
-
-
-def _ends(solvers: Any, name: str) -> np.ndarray:
-    up, ends = judge.stated(name).up, []
-    with jax.enable_x64(True):
-        run = judge.walk(_make(solvers, name))
-        for family_name, _, reach, data, x, _ in judge.problems():
-            family = judge.FAMILIES[family_name]
-            kinds = ("full",) if reach == "full" else ("t", "uneven", "logsnr", "start")
-            for kind, num_steps in itertools.product(kinds, (1, 2, 3, 10)):
-                times = judge.grid(kind, family, num_steps)[:: -1 if up else 1]
-                ends.append(run(jax.random.key(0), family, data, x, judge.padded(times), num_steps).ravel())
-    return np.concatenate(ends)
-
-
-def _names(mutant: Mutant) -> list[str]:
-    names = users().get((mutant.file, mutant.function), [])
-    if not mutant.function:
-        names = list(dict.fromkeys(name for (file, _), some in users().items() if file == mutant.file for name in some))
-    return names
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def files() -> list[str]:
-    """The files of the room that hold solvers of `solver.ALL`."""
-    return sorted({file for file, _ in users()})
+    """All files of the room but its front page."""
+    return sorted(path.name for path in ROOM.glob("[!_]*.py"))
 
 
 def main(names: list[str], every: int = 1) -> None:
     """Judge all mutants of the files, or one in `every`, and print who lives, and the share caught."""
-    total = caught = same = 0
+    total = caught = crashed = same = 0
     for file in names or files():
+        start = time.perf_counter()
         for mutant in mutants(file)[::every]:
+            words = verdict(mutant)
             if why := equivalent(mutant):
                 same += 1
-                if why != IN_LAW and not moved(mutant) < 1e-11:
-                    print(f"WRONG   {mutant.name}: is named as equivalent, and moves the end", flush=True)
+                if words:
+                    print(f"WRONG   {mutant.name}: is named as equivalent ({why}), and is caught [{words}]", flush=True)
                 continue
-            words = verdict(mutant)
-            total, caught = total + 1, caught + bool(words)
+            total, caught, crashed = total + 1, caught + bool(words), crashed + (words is not None and CRASH in words)
             print(f"caught  {mutant.name}  [{words}]" if words else f"LIVES   {mutant.name}", flush=True)
-    print(f"{caught} of {total} caught, {caught / max(total, 1):.1%}; {same} more are named as equivalent")
+        print(f"        {file}: {time.perf_counter() - start:.0f} s", flush=True)
+    share = f"{caught / max(total, 1):.1%}"
+    print(f"{caught} of {total} caught, {share}, {crashed} of them as they crash; {same} more are named as equivalent")
 
 
 if __name__ == "__main__":
