@@ -1,6 +1,6 @@
 """Test settings: 8 fake CPU devices, strict numerics, a compile cache that outlives the run.
 
-The tests run on the CPU everywhere; those marked gpu are run by JAX_PLATFORMS=cuda,cpu pytest -m gpu.
+The tests run on the CPU everywhere; those marked gpu are run by JAX_PLATFORMS=cuda,cpu pytest -n0 -m gpu.
 """
 
 import os
@@ -29,4 +29,4 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a GPU, and JAX_PLATFORMS=cuda,cpu pytest -m gpu"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and JAX_PLATFORMS=cuda,cpu pytest -n0 -m gpu"))

@@ -1,4 +1,4 @@
-"""The same numbers on a GPU as on the CPU: JAX_PLATFORMS=cuda,cpu pytest -m gpu."""
+"""The same numbers on a GPU as on the CPU: JAX_PLATFORMS=cuda,cpu pytest -n0 -m gpu."""
 
 import jax
 import jax.numpy as jnp
