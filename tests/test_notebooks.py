@@ -32,6 +32,10 @@ TINY = {
         ],
     },
     "02_pure_functions": {"STEPS": 20, "BATCH": 16, "WIDTH": 8, "SAMPLES": 50},
+    "03_stable_diffusion": {
+        "FOLDER": str(COLAB.parent / "tests" / "fixtures" / "tiny_sd"), "STEPS": 2, "SCALES": [1.0, 5.0],
+        "STRENGTHS": [0.5],
+    },
 }  # fmt: skip
 
 
