@@ -106,7 +106,7 @@ def damaged(root: Path, trials: int, rng: np.random.Generator) -> tuple[int, int
     with Checkpoints(root / "good") as checkpoints:
         for n in range(2):
             checkpoints.save({"w": values[n]}, n)
-    kinds = list(damages(root / "good" / "1", rng, flips=2 + trials // 12))
+    kinds = list(damages(root / "good" / "1", rng, flips=4 + trials // 6))
     chosen = [kinds[i] for i in rng.permutation(len(kinds))[:trials]]
     seen = 0
     for kind in chosen:
