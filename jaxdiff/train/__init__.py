@@ -1,6 +1,6 @@
 """Training: the state, the step, averages, the optimiser, the mesh. It takes a loss function and knows no diffusion."""
 
-from jaxdiff.train import ema, mesh
+from jaxdiff.train import ema, hosts, mesh
 from jaxdiff.train.checkpoint import Checkpoints
 from jaxdiff.train.optimizer import adam
 from jaxdiff.train.state import TrainState, create_state, roll_back
@@ -12,6 +12,7 @@ __all__ = [
     "adam",
     "create_state",
     "ema",
+    "hosts",
     "logsnr_buckets",
     "make_step",
     "mesh",
