@@ -137,6 +137,11 @@ def test_wrong_inputs_are_refused(expected):
     t5, params = pretrained.t5(FOLDER / "t5")
     with pytest.raises(ConfigError, match="mask must be bool"):
         t5.apply(params, jnp.zeros((1, 7), jnp.int32), jnp.ones((1, 7)))
+    bert, params = pretrained.bert(FOLDER / "bert")
+    with pytest.raises(ConfigError, match="mask must be bool"):
+        bert.apply(params, jnp.zeros((1, 7), jnp.int32), jnp.ones((1, 6), bool))
+    with pytest.raises(ConfigError, match="buckets must be >= 4"):
+        t5.clone(buckets=3).init(jax.random.key(0), jnp.zeros((1, 7), jnp.int32))
 
 
 def test_a_large_encoder_is_born_divided_over_devices(expected):

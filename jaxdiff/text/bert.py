@@ -37,6 +37,7 @@ class Bert(nn.Module):
     def __call__(self, ids: Array, mask: Array) -> TextFeatures:
         layers.check(self.width, self.heads, self.act)
         layers.check_ids(ids, self.max_len)
+        layers.check_mask(mask, ids)
         normal = nn.initializers.normal(0.02)
         positions = self.param("positions", normal, (self.max_len, self.width))
         types = self.param("types", normal, (self.types, self.width))

@@ -121,6 +121,12 @@ def check_ids(ids: Array, max_len: int | None) -> None:
         raise ConfigError(f"ids must have shape (b, L) with 1 <= L{limit}, got {ids.shape}. Cut or chunk the prompt.")
 
 
+def check_mask(mask: Array, ids: Array) -> None:
+    """Raise ConfigError unless the mask is bool and shaped as the ids."""
+    if mask.shape != ids.shape or mask.dtype != bool:
+        raise ConfigError(f"mask must be bool {ids.shape} as the ids, got {mask.dtype} {mask.shape}.")
+
+
 def masked_mean(tokens: Array, mask: Array) -> Array:
     """The mean of tokens (b, L, d) over the positions of mask (b, L)."""
     weights = mask.astype(wide(tokens))

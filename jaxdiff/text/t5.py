@@ -62,8 +62,8 @@ class T5Encoder(nn.Module):
             raise ConfigError(
                 f"buckets must be >= 4, max_distance > buckets / 4, got {self.buckets}, {self.max_distance}."
             )
-        if mask is not None and (mask.shape != ids.shape or mask.dtype != bool):
-            raise ConfigError(f"mask must be bool {ids.shape} as the ids, got {mask.dtype} {mask.shape}.")
+        if mask is not None:
+            layers.check_mask(mask, ids)
 
 
 class _Block(nn.Module):
