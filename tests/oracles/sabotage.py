@@ -95,7 +95,6 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "consistency.py: tcd: 0.0 -> 0.01",
         "polynomial.py: : 18 -> 19",
         "polynomial.py: phi: 1 -> 2",
-        "polynomial.py: phi: 1 -> 2 (2)",
         "polynomial.py: phi: _TERMS - 1 -> _TERMS + 1",
         "polynomial.py: phi: _TERMS - 1 -> _TERMS",
         "polynomial.py: phi: h < 1 -> h <= 1",
@@ -119,6 +118,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "brownian.py: brownian_path: t -> s (2)",
         "brownian.py: brownian_path: s -> t (2)",
     ),
+    "an increment of the path does not depend on where it starts": ("brownian.py: _stationary: 0 -> 1",),
     "at a node, both sides of it give its value": (
         "brownian.py: _stationary: logsnr >= left + width / 2 -> logsnr > left + width / 2",
     ),
