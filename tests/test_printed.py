@@ -28,8 +28,6 @@ def test_its_derivative_is_that_of_its_values(name):
 
 @pytest.mark.parametrize("name", parts.CHECKS)
 def test_a_part_is_its_formulas(name):
-    if name == "adaptive":
-        pytest.importorskip("equinox", reason="needs the ode extra")
     assert parts.CHECKS[name](solver) is None
 
 
@@ -100,8 +98,7 @@ def test_a_draw_for_nothing_and_one_draw_used_twice_are_seen():
     assert "has no noise" in (silent(solver) or "")
 
     def one_key(solvers, schedule, noise):
-        inner = solver.ddpm(schedule, noise=lambda key, x, t, s: noise(jax.random.split(jax.random.key(5), 2), x, t, s))
-        return inner
+        return solver.ddpm(schedule, noise=lambda key, x, t, s: noise(jax.random.split(jax.random.key(5), 2), x, t, s))
 
     assert "step 1 is" in (printed.Case(one_key, papers.ddpm)(solver) or "")
 
@@ -133,6 +130,5 @@ def test_a_broken_part_is_seen(name, monkeypatch):
     elif name == "brownian_path":
         monkeypatch.setattr(module, "_DEPTH", 23)
     else:
-        pytest.importorskip("equinox", reason="needs the ode extra")
         monkeypatch.setattr(module, "_CAP", 1.1e-4)
     assert parts.CHECKS[name](solver) is not None

@@ -14,8 +14,6 @@ def some(file, count=2):
 
 @pytest.mark.parametrize("file", sabotage.files())
 def test_broken_solvers_are_noticed(file):
-    if file == "adaptive.py":
-        pytest.importorskip("equinox", reason="needs the ode extra")
     assert [mutant.name for mutant in some(file) if not sabotage.verdict(mutant)] == []
 
 

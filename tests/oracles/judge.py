@@ -87,7 +87,6 @@ class Facts:
     up: it goes from data to noise. long: steps through all noise levels do it no harm.
     gain: the share of the noise of the reverse diffusion that it draws (eta or eta^2), if that is stated.
     calls: of the network in each of the first four steps.
-    small: of smaller errors of a law no order is asked, as they may pass through 0.
     moves: it changes x and t before it asks; churn: so that sigma / alpha is so many times larger, a function of it.
     noise: it is the posterior q(x_s | x_t, x0) with the estimate for x0, and so much noise (of sigma_t, sigma_s, c).
     loops: it draws in loops inside of a step, up to so many times.
@@ -104,7 +103,6 @@ class Facts:
     gain: float | None = 1.0
     loops: int = 0
     calls: tuple[int, ...] | None = None
-    small: float = 1e-9
     moves: bool = False
     churn: Callable[[Any], Any] | None = None
     noise: Callable[..., Any] | None = None
@@ -204,7 +202,6 @@ STATED = {
     "restart": Facts(gain=None, loops=3 * 7),
 }
 """Of solvers of which more is to be said than `solver.ORDER` does."""
-
 
 SETTINGS: dict[str, Callable[[Any], Any]] = {
     "ddim_inversion": solver.ddim_inversion,
@@ -482,7 +479,7 @@ def _laws(make, law_run, facts) -> Iterator[str]:
 
 def _shrinks(where, coarse, fine, facts) -> Iterator[str]:
     for what, first, second in zip(moments.Law._fields, coarse, fine, strict=True):
-        if second < facts.small or (what == "gain" and facts.gain is None):
+        if second < 1e-9 or (what == "gain" and facts.gain is None):
             continue
         found, stated = float(np.log2(first / second)), facts.weak if what == "variance" else 1
         if not found > stated - TOLERANCE:
