@@ -1,6 +1,6 @@
 """Other people's weights: read from safetensors, checked key by key, and written back for their libraries.
 
-    pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL: see `jaxdiff.pipelines`
+pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL: see `jaxdiff.pipelines`
 """
 
 from jaxdiff.pretrained import ddpm, files, keys, lora, pipelines, schedulers, single_file, text, unet, vae
