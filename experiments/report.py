@@ -17,6 +17,14 @@ COLUMNS = {
 }
 """Heading and format of each figure."""
 
+BITS = {
+    "bound": "variational bound, decoded at sigma = 2/255",
+    "bound_fine": "variational bound, decoded at sigma = 0.001",
+    "flow": "probability flow",
+    "gaussian": "Gaussian fit",
+}
+"""The rows of the table of likelihoods."""
+
 LEGEND = (
     "nearest: median distance to the nearest reference example, over that of held-out ones; nearer: the chance that a "
     "row's example is nearer than a held-out one (0.5 if neither); copied: nearest closer than a third of the second."
@@ -56,8 +64,7 @@ def markdown(result: dict[str, Any]) -> str:
         parts += [f"## By {features['name']}", table(features["title"], features["rows"]), LEGEND]
         parts += [_by_class(features)] if any(row.get("by_class") for row in features["rows"]) else []
     if result.get("bits_per_dim"):
-        names = {"bound": "variational bound", "flow": "probability flow", "gaussian": "Gaussian fit"}
-        rows = [bits_line(names[key], value) for key, value in result["bits_per_dim"].items() if key in names]
+        rows = [bits_line(BITS[key], value) for key, value in result["bits_per_dim"].items() if key in BITS]
         head = [_line(["bits per dimension", "mean +- standard error", "n"]), _line(["---"] * 3)]
         parts += [f"## Likelihood of {result['bits_per_dim']['of']} examples", "\n".join(head + rows)]
     if result.get("classification_accuracy"):
@@ -102,7 +109,7 @@ def plot(path: Path, features: Sequence[dict[str, Any]]) -> bool:
         key = "fd" if all(row["figures"]["fd"]["mean"] is not None for row in given["rows"]) else "kid"
         title = given["title"] if key == "fd" else f"KID ({given['name']})"
         _curves(left, measured, key, across="nfe", by="scale", label="network calls a sample")
-        _curves(right, measured, key, across="scale", by="nfe", label="guidance scale")
+        _curves(right, measured, key, across="scale", by="steps", label="guidance scale")
         for row in (row for row in given["rows"] if "nfe" not in row):
             for axis in (left, right):
                 axis.axhline(row["figures"][key]["mean"], ls="--", lw=1, color="0.5")

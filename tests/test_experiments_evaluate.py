@@ -85,6 +85,7 @@ def test_the_report_says_the_same(run, result):
     assert "Averaged parameters of step 4; seeds 0, 1. Reference: 200 training examples of train." in text
     bits = result["bits_per_dim"]
     assert f"| probability flow | {bits['flow']['mean']:.3f} +- {bits['flow']['se']:.3f} | 8 |" in text
+    assert f"decoded at sigma = 2/255 | {bits['bound']['mean']:.3f} +-" in text
     assert (run / "evaluate.png").stat().st_size > 5000
 
 
@@ -194,6 +195,24 @@ def test_bits_of_a_gaussian_are_its_entropy():
     x = np.clip(np.rint(RNG.normal(128, 20, (6000, 2, 2, 1))), 0, 255).astype(np.uint8)
     found = density.gaussian(x[:3000], x[3000:])
     assert found["mean"] == pytest.approx(np.log2(20 * np.sqrt(2 * np.pi * np.e)), abs=4 * found["se"] + 0.01)
+
+
+def test_the_floors_of_more_examples_use_the_features_of_fewer(tmp_path):
+    made = []
+
+    def run(x):
+        jax.debug.callback(lambda: made.append(1))
+        return x.reshape(len(x), -1)
+
+    chosen = features.Features("test", "FD", {}, run)
+    extract = features.Extractor(tmp_path, chosen, train.mesh.make(), 8)
+    x = RNG.normal(size=(40, 3)).astype(np.float32)
+    first = extract("rows", x, 16)
+    jax.effects_barrier()
+    assert (len(made), len(first)) == (2, 16)
+    np.testing.assert_array_equal(extract("rows", x), x)
+    jax.effects_barrier()
+    assert len(made) == 5
 
 
 def test_parts_are_read_and_made_again_where_they_are_not_whole(tmp_path):
