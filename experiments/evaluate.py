@@ -210,12 +210,12 @@ class Evaluation:
         found: dict[str, Any] = density.model(run, images, cond, mesh=self.mesh, batch=min(self.args.batch, 16))
         return found | {"gaussian": density.gaussian(self.real.x, images), "of": self.real.kind}
 
-    def accuracy(self, made: generate.Samples) -> dict[str, float] | None:
-        """The classification accuracy score of samples, and of as many real training pictures."""
+    def accuracy(self, made: generate.Samples, name: str) -> dict[str, float] | None:
+        """The classification accuracy score of the samples called `name`, and of as many real training pictures."""
         real, labels, count = self.real, self.dataset.labels, len(made.x)
         if self.config.condition != "label" or not self.args.classifier or labels is None or real.labels is None:
             return None
-        sets = {f"{count:,} samples": (made.x, labels[made.own])}
+        sets = {f"{count:,} {name}": (made.x, labels[made.own])}
         sets |= {f"{min(count, len(real.x)):,} real ones": (real.x[:count], real.labels[:count])}
         return {
             name: classify.classification_accuracy(
@@ -262,7 +262,8 @@ def measure(given: Evaluation, run: trained.Trained) -> dict[str, Any]:
         prompts.check(given.dataset, args.top)
     given.floors()
     made = [given.row(run, one)[0] for one in chosen]
-    result: dict[str, Any] = {"bits_per_dim": given.bits(run), "classification_accuracy": given.accuracy(made[0])}
+    name = next(row["name"] for row in given.tables[0]["rows"] if "nfe" in row)
+    result: dict[str, Any] = {"bits_per_dim": given.bits(run), "classification_accuracy": given.accuracy(made[0], name)}
     if captioned:
         result["prompts"] = prompts.control(run, given.dataset, chosen[0], args.prompts, seed=seed, top=args.top)
     return result

@@ -128,7 +128,7 @@ def test_bits_and_accuracy_are_there(result):
     assert 0 < bits["gaussian"]["mean"] < bits["flow"]["mean"]
     assert bits["bound"]["n"] == bits["flow"]["n"] == 8
     scored = result["classification_accuracy"]
-    assert list(scored) == ["80 samples", "80 real ones"]
+    assert list(scored) == ["80 samples, 2 network calls, scale 2", "80 real ones"]
     assert scored["80 real ones"] > 0.95
 
 
