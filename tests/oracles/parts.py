@@ -94,7 +94,10 @@ def _path(keys: jax.Array, logsnr: float, width: int) -> np.ndarray:
 def brownian(solvers: Any) -> str | None:
     """The noise over a span: (Z_s - e^(-d/2) Z_t) / sqrt(1 - e^-d); in a step that goes up, fresh noise."""
     levels, width = printed.VP, 3  # not the number of rows
-    normal = lambda key, shape, dtype: jnp.asarray(_normals(np.asarray(jax.random.key_data(key)), width))  # noqa: E731
+
+    def normal(key, shape, dtype):
+        return jnp.asarray(_normals(np.asarray(jax.random.key_data(key)), width)).reshape(shape).astype(dtype)
+
     with printed.eagerly(), jax.debug_key_reuse(False), mock.patch.object(process, "normal", normal):
         keys, other = (jax.random.split(jax.random.key(n), 2) for n in (0, 1))
         noise, x = solvers.brownian_path(keys, printed.Schedule(levels)), jnp.zeros((2, width))
@@ -107,7 +110,7 @@ def brownian(solvers: Any) -> str | None:
                 )
                 right = (z_s - np.exp(-d / 2) * z_t) / np.sqrt(-np.expm1(-d))
             else:
-                right = normal(other, None, None)
+                right = normal(other, x.shape, x.dtype)
             wrong = np.abs(np.asarray(found) - np.asarray(right)).max()
             if not wrong < 1e-8:
                 return f"the noise from {t} to {s} is {wrong:.1e} off"

@@ -49,7 +49,7 @@ class Levels(NamedTuple):
 
     def half_logsnr(self, t):
         """lambda = log(alpha / sigma), within +-40."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):
             return np.clip(np.log(np.asarray(1 - self.b * t)) - np.log(np.asarray(self.a * t)), -_MOST, _MOST)
 
     def rho(self, t):
@@ -143,7 +143,7 @@ UPWARD = tuple((levels, times[::-1]) for levels, times in PROBLEMS)
 AT_HALF = ((FLOW, (0.7, 0.5, 0.3)),)  # sigma / alpha is 1 there, exactly: the edge of a range
 FINE = ((VP, (0.5, 0.005, 0.002)),)
 LONG = ((FLOW, (0.97, 0.93, 0.005, 0.0)),)
-LOW = ((VP, (0.6, 0.3, 0.099, 0.03)),)  # sigma / alpha is 0.11 before the last step
+LOW = ((VP, (0.6, 0.3, 0.099, 0.0905, 0.03)),)  # sigma / alpha is 0.11, then 0.0995
 
 
 @contextlib.contextmanager
@@ -192,7 +192,10 @@ def walk(make: Callable[..., Any], problem: Problem, x: Any, denoise: Callable[.
         number = numbers.setdefault(np.asarray(jax.random.key_data(key)).tobytes(), len(numbers))
         return jnp.asarray(_spanned(_DRAWS[number], t, s))
 
-    with mock.patch.object(process, "normal", lambda key, shape, dtype: noise(key, None, None, None)):
+    def normal(key, shape, dtype):
+        return jnp.broadcast_to(noise(key, None, None, None), shape).astype(dtype)
+
+    with mock.patch.object(process, "normal", normal):
         solve, xs = make(Schedule(problem.levels), noise), []
         memory = solve.init(x)
         for n, (t, s) in enumerate(problem.steps()):
