@@ -1,8 +1,9 @@
 """Emoji at 16 x 16 without conditions, with a network small enough to train many times: for experiments.compare.
 
+    python -m experiments.train --config=compare
     python -m experiments.compare --minutes 2 --seeds 5
 
-Cost: three models x 5 seeds x 2 minutes, and a few minutes of compiling and sampling, on two CPU cores.
+Cost: by the second command, three models x 5 seeds x 2 minutes, and a few minutes of compiling and sampling.
 Expect: a table of distances to the data for a VAE, a GAN and the diffusion model, beside their floors.
 """
 
