@@ -24,34 +24,32 @@ def model(
     run: trained.Trained, images: np.ndarray, cond: dict[str, Array], *, mesh: Any, batch: int, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """{'bound', 'bound_fine', 'flow'}: mean and error over uint8 `images` (n, h, w, c), conditions (n, ...)."""
-    schedule, null = run.model.schedule, run.model.null
-    grids = {
-        "bound": sample.exponential_grid(schedule, 100, sigma_min=2 / 255),
-        "bound_fine": sample.exponential_grid(schedule, 100, sigma_min=0.001),
-        "flow": sample.log_snr_grid(schedule, 20),
-    }
-
-    def estimate(name: str) -> Callable[..., Array]:
-        def bits(params: Any, keys: Array, x0: Array, cond: dict[str, Array]) -> Array:
-            denoise = run.model.denoiser(params, cond, null(len(x0)))
-            if name == "flow":
-                return likelihood.bits_per_dim_ode(keys, denoise, x0, grids[name], schedule=schedule)
-            return likelihood.bits_per_dim_continuous(keys, denoise, x0, grids[name], schedule=schedule).total
-
-        return jax.jit(bits)
-
-    place, count = train.mesh.batch_sharding(mesh), len(images)
+    schedule, place, count = run.model.schedule, train.mesh.batch_sharding(mesh), len(images)
     params = jax.device_put(run.params, train.mesh.replicated(mesh))
-    result = {}
-    for name in grids:
-        run_bits, parts = estimate(name), []
+
+    def bound(params: Any, keys: Array, x0: Array, cond: dict[str, Array], times: Array) -> Array:
+        denoise = run.model.denoiser(params, cond, run.model.null(len(x0)))
+        return likelihood.bits_per_dim_continuous(keys, denoise, x0, times, schedule=schedule).total
+
+    def flow(params: Any, keys: Array, x0: Array, cond: dict[str, Array], times: Array) -> Array:
+        denoise = run.model.denoiser(params, cond, run.model.null(len(x0)))
+        return likelihood.bits_per_dim_ode(keys, denoise, x0, times, schedule=schedule)
+
+    def over_images(bits: Callable[..., Array], grid: np.ndarray) -> dict[str, float]:
+        parts = []
         for start in range(0, count, batch):
             rows = np.minimum(np.arange(start, start + batch), count - 1)
             keys = jax.vmap(jax.random.key)(jnp.asarray(seed * 2**20 + rows, jnp.uint32))
             given = jax.device_put((keys, data.decode(images[rows]), {k: v[rows] for k, v in cond.items()}), place)
-            parts.append(np.asarray(run_bits(params, *given))[: count - start])
-        result[name] = mean_and_error(np.concatenate(parts))
-    return result
+            parts.append(np.asarray(bits(params, *given, jnp.asarray(grid, jnp.float32)))[: count - start])
+        return mean_and_error(np.concatenate(parts))
+
+    bound, flow = jax.jit(bound), jax.jit(flow)
+    return {
+        "bound": over_images(bound, sample.exponential_grid(schedule, 100, sigma_min=2 / 255)),
+        "bound_fine": over_images(bound, sample.exponential_grid(schedule, 100, sigma_min=0.001)),
+        "flow": over_images(flow, sample.log_snr_grid(schedule, 20)),
+    }
 
 
 def mean_and_error(values: np.ndarray) -> dict[str, float]:
