@@ -8,7 +8,8 @@
 Samples come from the averaged parameters, at the given steps, solver and guidance, with the conditions of training
 examples. Reference: the training set. Rows beside the samples: held-out examples, and a Gaussian fitted to the data.
 With --config there is no model: the floors alone. Written to evaluate.json, evaluate.md and evaluate.png in the
-workdir; what takes long is kept in evaluate/ there, so that the same command goes on where it was stopped.
+workdir; what takes long is kept in evaluate/ there, so that the same command goes on where it was stopped, and so are
+the mean and covariance of the reference, with what they are of (jaxdiff.metrics.stats).
 """
 
 import argparse
@@ -29,7 +30,7 @@ from experiments.configs import Config
 from experiments.train import use_compile_cache
 from jaxdiff import data, metrics, train
 from jaxdiff.errors import ConfigError, DataError
-from jaxdiff.metrics import classify
+from jaxdiff.metrics import classify, stats
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -161,6 +162,7 @@ class Evaluation:
             trained_on = extract("training examples", real.x, self.count)
             given = scores.reference(trained_on, held, extract.chosen.contract)
             self.references.append(given)
+            stats.save(self.folder / f"reference-{extract.chosen.name.replace(' ', '')}.safetensors", given.stats)
             sets = {real.kind: held, "Gaussian fit": extract("draws of the Gaussian", normal)}
             rows = [
                 {"name": name, "n": len(x), "figures": scores.over_seeds([scores.score(given, x)])}

@@ -77,6 +77,14 @@ def test_every_row_has_every_figure_and_the_floors_come_first(result):
     assert held_out < normal < min(samples)  # two clusters are no Gaussian, and four steps teach nothing
 
 
+def test_the_statistics_of_the_reference_are_kept_with_their_contract(run, result):
+    kept = stats.load(run / "evaluate" / "reference-pixels8x8.safetensors")
+    assert (kept.count, kept.contract) == (200, result["features"][0]["contract"])
+    x = np.load(run.parent / "train.npz")["images"].reshape(200, -1) / 127.5 - 1
+    np.testing.assert_allclose(kept.mean, x.mean(0), atol=1e-6)
+    np.testing.assert_allclose(kept.covariance, np.cov(x.T), atol=1e-6)
+
+
 def test_the_report_says_the_same(run, result):
     text = (run / "evaluate.md").read_text()
     assert "FID" not in text  # no Inception was given
