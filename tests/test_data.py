@@ -210,6 +210,10 @@ def test_png_carries_its_settings(tmp_path):
     data.save_png(tmp_path / "a.png", picture, settings)
     assert data.read_metadata(tmp_path / "a.png") == {"prompt": "naïve ❤\nsecond line", "seed": "3"}
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), np.asarray(picture))
+    (tmp_path / "a.png").write_bytes(b"GIF89a")
+    for name in ("a.png", "none.png"):
+        with pytest.raises(DataError, match=name):
+            data.read_metadata(tmp_path / name)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -14,9 +14,7 @@ import dataclasses
 import errno
 import json
 import os
-import struct
 import time
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from PIL import Image, ImageOps
 
 from jaxdiff.data import faults
 from jaxdiff.data.dataset import Dataset
+from jaxdiff.data.image import UNREADABLE
 from jaxdiff.errors import ConfigError, DataError
 
 MAX_PIXELS, MAX_BYTES = 2**26, 2**28  # of a picture: 8192 x 8192, and of its file
@@ -32,11 +31,6 @@ MAX_LINE = 2**20  # bytes of a line of metadata.jsonl
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # Pillow would hand others to programs such as Ghostscript
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 CAPTION_FIELDS = ("text", "caption", "name")
-# What Pillow raises for damaged pictures, by format and kind of damage (found by changing bytes at random).
-UNREADABLE = (
-    OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, EOFError,
-    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 # Errors of the system that are there the next time too; a machine that is short of something is no fault of the data.
 LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -7,7 +7,9 @@
 
 import math
 import os
+import struct
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +19,12 @@ from PIL import Image, PngImagePlugin
 
 from jaxdiff.errors import ConfigError, DataError
 from jaxdiff.types import Array
+
+# What Pillow and its decoders may raise for damaged pictures, by format and kind of damage.
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, TypeError, LookupError, ArithmeticError, AttributeError, RuntimeError, EOFError,
+    MemoryError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def decode(images: Array | np.ndarray) -> Array:
@@ -74,6 +82,9 @@ def save_png(path: str | os.PathLike, picture: Image.Image, metadata: Mapping[st
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The text entries of a PNG file."""
-    with Image.open(path) as picture:
-        return {str(name): str(value) for name, value in picture.info.items() if isinstance(value, str)}
+    """The text entries of a PNG file. Raises DataError for a file that is none, or damaged."""
+    try:
+        with Image.open(path, formats=("PNG",)) as picture:
+            return {str(name): str(value) for name, value in picture.info.items() if isinstance(value, str)}
+    except UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as a PNG file: {error!s:.300}") from error

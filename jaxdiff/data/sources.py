@@ -17,7 +17,8 @@ from PIL import Image
 
 from jaxdiff.data import faults, files
 from jaxdiff.data.dataset import Dataset, not_finite
-from jaxdiff.data.folders import UNREADABLE, fit
+from jaxdiff.data.folders import fit
+from jaxdiff.data.image import UNREADABLE
 from jaxdiff.errors import ConfigError, DataError, UnsafeFileError
 
 
