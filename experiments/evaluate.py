@@ -99,6 +99,7 @@ def real_examples(dataset: data.Dataset, other: data.Dataset | None) -> Real:
 
     def shuffled(given: data.Dataset) -> tuple[np.ndarray, np.ndarray | None]:
         order = data.order(0, 0, batch_size=len(given), num_examples=len(given))
+        order = order[~np.isin(order, list(given.skipped))]
         return given.images[order], None if given.labels is None else given.labels[order]
 
     x, labels = shuffled(dataset)

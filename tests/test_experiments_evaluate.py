@@ -8,7 +8,7 @@ import pytest
 
 from experiments import density, evaluate, features, generate, scores, trained
 from experiments import train as job
-from jaxdiff import train
+from jaxdiff import data, train
 from jaxdiff.errors import CheckpointError, ConfigError, DataError
 from jaxdiff.metrics import stats
 
@@ -255,3 +255,9 @@ def test_statistics_of_other_weights_do_not_mix():
     one, other = ({"features": "inception", "weights_sha256": text} for text in "ab")
     with pytest.raises(ConfigError, match="weights_sha256"):
         stats.merge(*(stats.of(RNG.normal(size=(5, 2)), contract) for contract in (one, other)))
+
+
+def test_examples_that_cannot_be_used_are_not_compared_with():
+    images = np.arange(10, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
+    real = evaluate.real_examples(data.Dataset(images, skipped={3: "damaged", 8: "damaged"}), None)
+    assert sorted([*real.x[:, 0, 0, 0], *real.held_out[:, 0, 0, 0]]) == [0, 1, 2, 4, 5, 6, 7, 9]

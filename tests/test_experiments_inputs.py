@@ -151,9 +151,10 @@ def test_pictures_that_break_later_cost_no_step(tiny, folder, tmp_path, monkeypa
         yield from batches(*args, **kwargs)
 
     argv = [*tiny, "--config.data.memory_gb=0", "--config.train.steps_per_call=1", f"--workdir={tmp_path / 'run'}"]
-    with monkeypatch.context() as patch, pytest.raises(DataError, match=r"5 of 7 records(.|\n)*0\.png cannot be read"):
+    with monkeypatch.context() as patch:
         patch.setattr(inputs, "batches", breaking)
-        job.run(argv)
+        with pytest.raises(DataError, match=r"5 of 7 records(.|\n)*0\.png cannot be read"):
+            job.run(argv)
     assert trained.load(tmp_path / "run").step == 1
     listed = tmp_path / "run" / "skipped_records.jsonl"
     assert sorted(json.loads(line)["record"] for line in listed.read_text().splitlines()) == [0, 1, 2, 3, 4]

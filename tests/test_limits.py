@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from experiments import check, cli, inputs, model, workdir
-from jaxdiff import data
+from jaxdiff import data, text
 from jaxdiff.data import files
 from jaxdiff.errors import DataError, JaxdiffError, UnsafeFileError
 
@@ -122,6 +122,19 @@ def test_npz(tmp_path):
     np.savez(stored, images=PICTURES, labels=np.arange(8), captions=list("abcdefgh"))
     tail = stored.getvalue()
     assert fuzz(path.write_bytes, lambda: data.array_file(path), tail, 300, prefix=200) > 100
+
+
+def test_a_tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    text.train(["a red rose", "a blue bird"], 200).save(path)
+    assert fuzz(path.write_bytes, lambda: text.load(path).encode(["a rose"], 4), path.read_bytes(), 300) > 100
+    path.write_text("[" * 100_000)
+    with pytest.raises(DataError, match="damaged"):
+        text.load(path)
+    with path.open("wb") as file:
+        file.truncate(2**27)
+    with pytest.raises(DataError, match="no tokenizer has more"):
+        text.load(path)
 
 
 @pytest.mark.parametrize("packed", [False, True])

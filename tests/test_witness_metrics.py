@@ -96,7 +96,7 @@ def test_what_half_precision_costs(network, reference, pictures, tmp_path):
 
 @pytest.mark.parametrize(("count", "dim"), [(400, 64), (100, 128)])
 def test_frechet_and_kid_equal_their_first_code(count, dim):
-    """The formula of TTUR with scipy's matrix root, also singular; KID with scikit-learn's kernel, as its authors did."""
+    """The formula of TTUR with scipy's matrix root, also singular; KID with scikit-learn's kernel, as in its own."""
     pairwise = pytest.importorskip("sklearn.metrics.pairwise", reason="pip install scikit-learn")
     rng = np.random.default_rng(0)
     x, y = (rng.gamma(2, 1, (count, dim)) @ rng.normal(size=(dim, dim)) / 8 for _ in range(2))

@@ -7,10 +7,9 @@
 They are Hugging Face's `tokenizers` (in Rust, without PyTorch), read from tokenizer.json or CLIP's older two files.
 """
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +17,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
-from jaxdiff.errors import ConfigError, DataError, JaxdiffError
-from jaxdiff.text.tokenizer import clean, warn_of_cuts
+from jaxdiff.errors import ConfigError, DataError
+from jaxdiff.text.tokenizer import check_size, clean, named_damage, warn_of_cuts
 
-MAX_BYTES = 2**26
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _PADS = ("<pad>", "[PAD]")
 
@@ -60,7 +58,7 @@ class PublishedTokenizer:
         """The ids of each text, without begin, end and padding, of any length."""
         if isinstance(texts, str):
             raise ConfigError(f"texts must be a sequence of strings, got a bare string. Write [{texts[:40]!r}].")
-        with _named("this tokenizer"):
+        with named_damage("this tokenizer"):
             encoded = self._backend.encode_batch([clean(text) for text in texts], add_special_tokens=False)
         return [e.ids for e in encoded]
 
@@ -102,7 +100,7 @@ def open_tokenizer(folder: str | os.PathLike, *, max_len: int | None = None) -> 
     """
     folder = Path(folder).expanduser()
     settings = _settings(folder)
-    with _named(f"the tokenizer in {folder}"):
+    with named_damage(f"the tokenizer in {folder}"):
         backend = _open(folder, settings)
         pad = settings.get("pad_token")
         if pad is not None and backend.token_to_id(pad) is not None:
@@ -112,22 +110,9 @@ def open_tokenizer(folder: str | os.PathLike, *, max_len: int | None = None) -> 
         return PublishedTokenizer(backend, pad_id, settings.get("model_max_length", max_len))
 
 
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Whatever the library raises for a damaged file becomes a DataError: it knows Exception, and panics of Rust."""
-    try:
-        yield
-    except JaxdiffError:
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise DataError(f"{what} is damaged: {type(error).__name__}: {error}. Get its files again.") from error
-        raise
-
-
 def _open(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     if (folder / "tokenizer.json").is_file():
-        _check_size(folder / "tokenizer.json")
+        check_size(folder / "tokenizer.json")
         return tokenizers.Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return _clip(folder, settings)
@@ -141,7 +126,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = folder / name
         if path.is_file():
-            _check_size(path)
+            check_size(path)
             try:
                 merged |= dict(json.loads(path.read_bytes().decode()))
             except (ValueError, TypeError, RecursionError) as error:
@@ -158,7 +143,7 @@ def _clip(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     """CLIP's byte-pair tokenizer from its two files, as transformers builds it."""
     begin, end = settings.get("bos_token", "<|startoftext|>"), settings.get("eos_token", "<|endoftext|>")
     for name in ("vocab.json", "merges.txt"):
-        _check_size(folder / name)
+        check_size(folder / name)
     model = models.BPE.from_file(
         str(folder / "vocab.json"), str(folder / "merges.txt"),
         continuing_subword_prefix="", end_of_word_suffix="</w>", fuse_unk=False,
@@ -175,9 +160,3 @@ def _clip(folder: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (begin, end)])
     backend.post_processor = processors.RobertaProcessing((end, eos), (begin, bos), False, False)
     return backend
-
-
-def _check_size(path: Path) -> None:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise DataError(f"{path} has {size:,} bytes; no tokenizer has more than {MAX_BYTES:,}.")

@@ -8,20 +8,22 @@ A word of the vocabulary is one token, any other is spelled; characters never se
 """
 
 import collections
+import contextlib
 import json
 import os
 import string
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
-from jaxdiff.errors import ConfigError, DataError
+from jaxdiff.errors import ConfigError, DataError, JaxdiffError
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
+MAX_BYTES = 2**26  # of a tokenizer file; the largest published ones have a third of it
 
 
 class Tokenizer:
@@ -83,16 +85,38 @@ def train(captions: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 def load(path: str | os.PathLike) -> Tokenizer:
     """Read a tokenizer.json that `save` wrote. Raises DataError when it is missing, damaged or not one of ours."""
     try:
+        check_size(Path(path))
         text = Path(path).read_text(encoding="utf-8")
         model = json.loads(text)["model"]
         ours = model["type"] == "WordPiece" and model["vocab"][PAD] == 0
     except FileNotFoundError as error:
         raise DataError(f"there is no tokenizer at {path}. Train one with jaxdiff.text.train(captions).") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is not a tokenizer.json or is damaged: {error!r}.") from error
     if not ours:
         raise DataError(f"{path} is another kind of tokenizer; this reads WordPiece with id 0 for {PAD}.")
-    return Tokenizer(tokenizers.Tokenizer.from_str(text))
+    with named_damage(f"the tokenizer {path}"):
+        return Tokenizer(tokenizers.Tokenizer.from_str(text))
+
+
+@contextlib.contextmanager
+def named_damage(what: str) -> Iterator[None]:
+    """Whatever the library raises for a damaged file becomes a DataError: it knows Exception, and panics of Rust."""
+    try:
+        yield
+    except JaxdiffError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DataError(f"{what} is damaged: {type(error).__name__}: {error}. Get its files again.") from error
+        raise
+
+
+def check_size(path: Path) -> None:
+    """Raise DataError for a file that is larger than any tokenizer."""
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise DataError(f"{path} has {size:,} bytes; no tokenizer has more than {MAX_BYTES:,}.")
 
 
 def _build(vocabulary: dict[str, int]) -> tokenizers.Tokenizer:
