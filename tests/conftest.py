@@ -3,6 +3,7 @@
 The tests run on the CPU everywhere; those marked gpu are run by JAX_PLATFORMS=cuda,cpu pytest -n0 -m gpu.
 """
 
+import gc
 import os
 import pathlib
 
@@ -21,6 +22,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Free what a file of tests has compiled: kept, it took a process to 6 GB, and every collection longer."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import check, cli, inputs, pretrained, train, trained
+from experiments import check, cli, compare, inputs, pretrained, train, trained
 from experiments import model as models
 from jaxdiff import (
     data,
@@ -89,6 +89,7 @@ def understand(module, words, monkeypatch, directory):
     monkeypatch.chdir(directory)
     monkeypatch.setattr(hosts, "start", lambda *given: None)
     monkeypatch.setattr(trained, "load", stop)
+    monkeypatch.setattr(compare, "hold", stop)
     monkeypatch.setattr(pretrained.published, "load", stop)
     monkeypatch.setattr(train, "Job", lambda config, workdir: stop(check.config(config)))
     with pytest.raises(Understood):
