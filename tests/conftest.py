@@ -24,6 +24,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_debug_key_reuse", True)
 
 
+collect_ignore = ["oracles/make_text_fixture.py"]  # needs torch and transformers, and is run by hand
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Free what a file of tests has compiled: kept, it took a process to 6 GB, and every collection longer."""

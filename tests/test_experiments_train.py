@@ -304,6 +304,15 @@ def test_two_trainings_in_one_workdir_are_refused(roll):
         pass
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as a terminal has it, whatever process the tests run in."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_signal_acts_at_once():
     with job.Stop(hosts.Watch()) as stop:
         os.kill(os.getpid(), signal.SIGINT)
