@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file, save_file
 
 from jaxdiff import data, train
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import ConfigError
-from jaxdiff.metrics import checks, stats
+from jaxdiff.metrics import checks
 from jaxdiff.types import Array
 
 SIDE = 8
@@ -84,7 +85,8 @@ def in_parts(folder: Path, count: int, size: int, make: Callable[[np.ndarray], n
         part = _read(path)
         if part is None or len(part) < length:
             part = np.asarray(make(np.minimum(rows, count - 1)))[:length]
-            stats.write_whole(path, save({"x": np.ascontiguousarray(part)}))
+            with replacing(path) as temporary:
+                save_file({"x": np.ascontiguousarray(part)}, temporary)
         parts.append(part[:length])
     return np.concatenate(parts)
 

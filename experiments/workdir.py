@@ -17,7 +17,6 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from experiments import cli
 from experiments.configs import Config
 from experiments.configs._base import base
 from experiments.saving import tolerated
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import CheckpointError, ConfigError, DataError
 
 MAX_JSON = 2**24  # bytes
@@ -50,14 +50,8 @@ FREE = (
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that the file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-        os.chmod(temporary, 0o644)  # mkstemp makes a private file
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
 
 
 def versions() -> dict[str, Any]:
@@ -90,7 +84,7 @@ def check(workdir: Path, config: Config, info: dict[str, Any]) -> None:
     if (workdir / "config.json").exists():
         check_same(workdir, lasting(_stored_config(workdir).to_dict()), lasting(config.to_dict()))
         _check_data(workdir, config, info)
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(not path.name.startswith("config.json.") for path in workdir.iterdir()):
         raise CheckpointError(
             f"workdir {workdir} holds files but no run of ours (no config.json). Give another --workdir."
         )
@@ -297,9 +291,8 @@ def _truncate(path: Path, step: int) -> None:
         except ValueError:
             break  # the line that was being written when the run was killed
         kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _tensorboard(path: Path, step: int) -> Any:

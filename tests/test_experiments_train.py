@@ -331,6 +331,15 @@ def test_a_run_resumed_at_any_step_reaches_its_intervals(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 20, 40]
 
 
+def test_a_run_killed_before_its_first_file_was_whole_begins_again(tmp_path):
+    workdir.check(tmp_path, cli.load_config("swissroll"), {})
+    (tmp_path / "config.json.17.42.tmp").write_text("{")
+    workdir.check(tmp_path, cli.load_config("swissroll"), {})
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(CheckpointError, match="no run of ours"):
+        workdir.check(tmp_path, cli.load_config("swissroll"), {})
+
+
 @pytest.mark.parametrize("bad", ["file", "foreign", "full", "read-only"])
 def test_a_workdir_that_cannot_hold_the_run_is_refused(bad, tmp_path, monkeypatch):
     directory = tmp_path / "run"

@@ -9,7 +9,7 @@ import jaxdiff
 
 ROOT = Path(jaxdiff.__file__).parent
 CHAIN = [
-    {"types", "errors"},
+    {"types", "errors", "atomic"},
     {"schedule"},
     {"target"},
     {"process"},
@@ -41,7 +41,7 @@ def imported(path: Path) -> set[str]:
 def allowed(room: str) -> set[str]:
     """The rooms that `room` may import."""
     if room in LEAVES:
-        return {"types", "errors", room}
+        return {"types", "errors", "atomic", room}
     below: set[str] = set()
     for level in CHAIN:
         if room in level:

@@ -12,7 +12,6 @@ the same after a resume, in memory or streamed, and for any number of workers.
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import DataError
 
 LEAST, SHARE, TRIES = 5, 1e-3, 64  # more than this share of the records, and at least so many of them, stop a run
@@ -107,7 +107,8 @@ class Faults:
     def write(self) -> None:
         """Make the file anew, of those known so far: a run that begins does, and then adds to it."""
         if self.path is not None and (self.found or self.path.exists()):
-            _write(self.path, "".join(map(_line, self.found.items())))
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(map(_line, self.found.items())), encoding="utf-8")
 
     def add(self, bad: Mapping[int, str]) -> None:
         """List those records of `bad` that are new. Warns when their number reaches 1, 2, 4, ..."""
@@ -162,15 +163,3 @@ def _listed(path: Path, num_examples: int) -> list[int]:
 
 def _line(item: tuple[int, str]) -> str:
     return json.dumps({"record": item[0], "fault": item[1]}) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """The file appears whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes a private file
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

@@ -8,15 +8,14 @@
 import math
 import os
 import struct
-import tempfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import ConfigError, DataError
 from jaxdiff.types import Array
 
@@ -70,15 +69,8 @@ def save_png(path: str | os.PathLike, picture: Image.Image, metadata: Mapping[st
     info = PngImagePlugin.PngInfo()
     for name, value in (metadata or {}).items():
         info.add_itxt(name, str(value))
-    target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, "PNG", pnginfo=info)
-        os.chmod(temporary, 0o644)  # mkstemp makes a private file; a picture is for sharing
-        os.replace(temporary, target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        picture.save(temporary, "PNG", pnginfo=info)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:

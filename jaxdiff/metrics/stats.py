@@ -11,13 +11,12 @@ or merged only if theirs agree, so that a picture scaled twice or another resize
 import dataclasses
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import ConfigError, DataError
 from jaxdiff.metrics.checks import check_features
 
@@ -79,7 +78,8 @@ def save(path: str | os.PathLike, stats: Stats) -> None:
 
     header = {"format": FORMAT, "count": str(stats.count), "contract": json.dumps(dict(stats.contract))}
     arrays = {"mean": stats.mean, "covariance": stats.covariance}
-    write_whole(Path(path), serialise(arrays, header))
+    with replacing(path) as temporary:
+        temporary.write_bytes(serialise(arrays, header))
 
 
 def load(path: str | os.PathLike) -> Stats:
@@ -96,15 +96,3 @@ def load(path: str | os.PathLike) -> Stats:
         raise DataError(f"cannot read the statistics in {path}: {error}. Make them again.") from error
     count = int(header["count"])
     return Stats(count, mean, covariance * (count - 1), json.loads(header["contract"]))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it appears whole or not at all, also when the process is killed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes a private file
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)

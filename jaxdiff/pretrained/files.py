@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import CheckpointError, UnsafeFileError
 
 STEMS = ("model", "diffusion_pytorch_model")
@@ -105,12 +105,9 @@ def write(
     folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(tensors[name]).reshape(np.shape(tensors[name])) for name in sorted(tensors)}
-    settings, weights = folder / "config.tmp", folder / f"{stem}.tmp"
-    settings.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    numpy.save_file(arrays, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say so
-    shutil.copymode(settings, weights)  # which would be the owner's alone
-    os.replace(weights, folder / f"{stem}.safetensors")
-    os.replace(settings, folder / "config.json")
+    with replacing(folder / "config.json") as settings, replacing(folder / f"{stem}.safetensors") as weights:
+        settings.write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        numpy.save_file(arrays, weights, metadata={"format": "pt"})  # transformers refuses a file that does not say so
 
 
 def download(repo: str, *, variant: str | None = None, revision: str | None = None) -> Path:

@@ -74,7 +74,7 @@ def midpoint(schedule: Schedule) -> Solver:
             x0_middle, eps_middle = predict(schedule, denoise, x_middle, middle)
             return x + (alpha_s - schedule.alpha(t)) * x0_middle + (sigma_s - schedule.sigma(t)) * eps_middle
 
-        return jax.lax.cond(sigma_s > 0, midway, lambda: alpha_s * x0 + sigma_s * eps), memory
+        return jax.lax.cond(sigma_s > 0, midway, lambda: alpha_s * x0), memory
 
     return Solver(no_memory, step)
 

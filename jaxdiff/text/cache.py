@@ -8,7 +8,6 @@ A file appears whole or not at all, so that processes may share a folder; one th
 
 import hashlib
 import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import ConfigError
 from jaxdiff.text.encoder import TextFeatures
 from jaxdiff.types import PyTree
@@ -82,7 +82,6 @@ class Cache:
 
         path = self._path(caption)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
         arrays = {name: np.array(u, order="C") for name, u in zip(TextFeatures._fields, row, strict=True)}
-        numpy.save_file(arrays, temporary)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            numpy.save_file(arrays, temporary)

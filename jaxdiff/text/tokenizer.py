@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import ConfigError, DataError, JaxdiffError
 
 PAD, UNKNOWN = "[PAD]", "[UNK]"
@@ -61,9 +62,8 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write tokenizer.json (the format of Hugging Face's `tokenizers`): it appears whole or not at all."""
-        temporary = f"{os.fspath(path)}.tmp"
-        Path(temporary).write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(self._backend.to_str(pretty=True) + "\n", encoding="utf-8")
 
 
 def train(captions: Iterable[str], vocab_size: int = 4096) -> Tokenizer:

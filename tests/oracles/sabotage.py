@@ -52,12 +52,7 @@ EQUIVALENT: dict[str, tuple[str, ...]] = {
         "adaptive.py: adaptive: schedule.alpha(s) * estimate(denoise(x, last)) -> estimate(denoise(x, last))",
         "dpm_sde.py: dpmpp_sde: schedule.alpha(s) * x0 -> x0",
         "langevin.py: annealed_langevin: schedule.alpha(s) * estimate(denoise(x, t)) -> estimate(denoise(x, t))",
-        "runge_kutta.py: midpoint: alpha_s * x0 + sigma_s * eps -> alpha_s * x0 - sigma_s * eps",
-        "runge_kutta.py: midpoint: alpha_s * x0 + sigma_s * eps -> alpha_s * x0",
         "runge_kutta.py: midpoint: alpha_s * x0 -> x0",
-        "runge_kutta.py: midpoint: sigma_s * eps -> sigma_s / eps",
-        "runge_kutta.py: midpoint: sigma_s * eps -> sigma_s",
-        "runge_kutta.py: midpoint: eps -> x0 (2)",
     ),
     "there sigma_s is 0, and the noise of such a step is not read": (
         "ancestral.py: _between: jnp.where(sigma_s > 0, sigma_s / sigma_t, 1.0) -> sigma_s / sigma_t",
