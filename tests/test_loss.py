@@ -182,6 +182,32 @@ def test_aux_holds_what_was_drawn():
     np.testing.assert_allclose(aux["mse"] * L.min_snr()(settings["schedule"], jd.target.v, aux["t"]), loss)
 
 
+@pytest.mark.parametrize("offset", [0.0, 0.5])
+def test_offset_noise_moves_each_channel_as_a_whole(offset):
+    """The mean of n pixels of one channel of the noise has variance 1 / n + offset^2, a single pixel 1 + offset^2."""
+    seen = []
+
+    def net(x, t):
+        seen.append(x)
+        return x
+
+    settings = {"schedule": jd.schedule.rectified_flow(), "target": jd.target.eps, "times": at(1.0), "offset": offset}
+    loss = L.diffusion(key(), net, jnp.ones((512, 4, 4, 3)), **settings)
+    np.testing.assert_allclose(loss, 0, atol=1e-9)  # at t = 1 the noise is all there is, and it is the target
+    means = seen[0].mean((1, 2))
+    np.testing.assert_allclose(means.var(), 1 / 16 + offset**2, rtol=0.15)
+    np.testing.assert_allclose(seen[0].var(), 1 + offset**2, rtol=0.1)
+    correlation = np.corrcoef(np.asarray(means), rowvar=False)  # each channel has a number of its own
+    assert np.abs(correlation - np.eye(3)).max() < 0.15
+
+
+def test_prior_preservation_adds_the_class_to_the_subject():
+    losses = jnp.float32([1, 2, 10, 20])
+    np.testing.assert_allclose(L.prior_preservation(losses, 0.5), [6, 12])
+    gradient = jax.grad(lambda x: L.prior_preservation(x, 0.5).mean())(losses)
+    np.testing.assert_allclose(gradient, [0.5, 0.5, 0.25, 0.25])
+
+
 def test_a_wrong_output_shape_is_refused():
     with pytest.raises(ConfigError, match=r"\(2, 3\), got \(2, 1\)"):
         L.diffusion(key(), lambda x, t: x[:, :1], jnp.ones((2, 3)), schedule=jd.schedule.cosine(), target=jd.target.v)

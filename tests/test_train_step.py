@@ -196,6 +196,24 @@ def test_data_on_the_device_is_indexed_by_the_batch_and_survives():
     assert not np.array_equal(other.params["w"], by_index.params["w"])
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_is_frozen_reaches_the_loss_and_has_no_part_in_the_state(accumulate):
+    """(x w + f - y)^2 is what `squared_error` is with the bias f: the same w, and f untouched."""
+
+    def loss(params, key, batch, frozen):
+        return squared_error(params | frozen, key, batch)
+
+    frozen, data, start = {"b": jnp.full(WIDTH, 0.3)}, batches(2), {"w": jnp.eye(WIDTH)}
+    step = make(loss, optax.sgd(0.1), accumulate=accumulate, steps_per_call=2)
+    state, _ = step(train.create_state(start, optax.sgd(0.1), ema=EMA), data, None, frozen)
+    w = np.eye(WIDTH)
+    for x, y in zip(data["x"], data["y"], strict=True):
+        w = w - 0.1 * numpy_gradient(w, np.full(WIDTH, 0.3), x, y)["w"]
+    np.testing.assert_allclose(state.params["w"], w, atol=1e-6)
+    np.testing.assert_array_equal(frozen["b"], np.full(WIDTH, 0.3, np.float32))
+    assert all(set(tree) == {"w"} for tree in (state.params, *state.ema_params.values()))
+
+
 def test_state_is_donated_and_the_callers_parameters_are_not():
     mine = params()
     state = train.create_state(mine, OPTIMIZER, ema=EMA)

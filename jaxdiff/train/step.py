@@ -24,8 +24,9 @@ from jaxdiff.train import mesh as mesh_lib
 from jaxdiff.train.state import TrainState
 from jaxdiff.types import Array, Key, PyTree
 
-LossFn: TypeAlias = Callable[[PyTree, Key, PyTree], tuple[Array, dict[str, Array]]]
-"""`loss_fn(params, key, batch) -> (losses, aux)`: losses (b,), aux a dict of (b,) arrays."""
+LossFn: TypeAlias = Callable[..., tuple[Array, dict[str, Array]]]
+"""`loss_fn(params, key, batch) -> (losses, aux)`: losses (b,), aux a dict of (b,) arrays. With frozen arrays
+`loss_fn(params, key, batch, frozen)`."""
 
 Metrics: TypeAlias = dict[str, Array]
 Summary: TypeAlias = Callable[[Array, dict[str, Array]], Metrics]
@@ -70,18 +71,22 @@ class Step:
     accumulate: int
     mesh: Mesh | None
 
-    def __call__(self, state: TrainState, batches: PyTree, data: PyTree = None) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batches: PyTree, data: PyTree = None, frozen: PyTree = None
+    ) -> tuple[TrainState, Metrics]:
         """`steps_per_call` steps. Donates `state`: use only the returned one. Metrics are stacked, (k, ...)."""
         parts = self._parts(batches)
         results = []
         for part in parts:
-            state, metrics = self.jitted(state, self.key, self._place(part), data)
+            state, metrics = self.jitted(state, self.key, self._place(part), data, frozen)
             results.append(metrics)
         return state, results[0] if len(parts) == 1 else jax.tree.map(lambda *m: jnp.concatenate(m), *results)
 
-    def lower(self, state: TrainState, batches: PyTree, data: PyTree = None) -> jax.stages.Lowered:
+    def lower(
+        self, state: TrainState, batches: PyTree, data: PyTree = None, frozen: PyTree = None
+    ) -> jax.stages.Lowered:
         """The program of one dispatch, not run: `.compile()` gives cost_analysis() and memory_analysis()."""
-        return self.jitted.lower(state, self.key, self._place(self._parts(batches)[0]), data)
+        return self.jitted.lower(state, self.key, self._place(self._parts(batches)[0]), data, frozen)
 
     def _parts(self, batches: PyTree) -> list[PyTree]:
         """What goes into one dispatch: all the steps, but on a CPU, where a loop is slow (see `_loop`), one."""
@@ -123,10 +128,11 @@ def make_step(
     summary: Summary = no_summary,
     mesh: Mesh | None = None,
 ) -> Step:
-    """`step(state, batches, data=None) -> (state, metrics)`: the one jit of training; it donates the state.
+    """`step(state, batches, data=None, frozen=None) -> (state, metrics)`: the one jit of training; donates the state.
 
     Every leaf of `batches` is (steps_per_call, b, ...). One step trains on `get_batch(data, batches[i])`: without
     `data` that is `batches[i]`; with `data`, arrays resident on the device (never donated), the rows `batches[i]`.
+    `frozen`, where given, goes to the loss as it is: parameters that do not train, so without moments or averages.
     `ema` maps names to decays: a float is `ema.warmed(float)`; use the same names in `create_state`. Micro-batch i
     of `accumulate` is examples i, i + a, ... Metrics, each (steps_per_call, ...): loss, grad_norm (before
     clipping), bad_steps, trouble (`guard.trouble`), and what `summary(losses, aux)` returns.
@@ -135,10 +141,10 @@ def make_step(
     for name, value in (("accumulate", accumulate), ("steps_per_call", steps_per_call)):
         if value < 1:
             raise ConfigError(f"{name} must be an integer >= 1, got {value}. 1 is off.")
-    decays, gradient = ema_lib.decays(ema or {}), _gradient(loss_fn, accumulate, mesh)
+    decays = ema_lib.decays(ema or {})
 
-    def one(state: TrainState, batch: PyTree, root: Key, data: PyTree) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(root, state.step)
+    def one(state: TrainState, batch: PyTree, root: Key, data: PyTree, fixed: tuple) -> tuple[TrainState, Metrics]:
+        step_key, gradient = jax.random.fold_in(root, state.step), _gradient(loss_fn, accumulate, mesh, fixed)
         grads, losses, aux = gradient(state.params, step_key, lambda part: get_batch(data, part), batch)
         loss, norm = losses.mean(), optax.tree.norm(grads)
         # A norm that overflows is refused with the others: clipping by it would make the update zero or NaN.
@@ -152,17 +158,20 @@ def make_step(
             metrics = jax.lax.with_sharding_constraint(metrics, mesh_lib.replicated(mesh))
         return new, metrics
 
-    def run(state: TrainState, root: Key, batches: PyTree, data: PyTree) -> tuple[TrainState, Metrics]:
-        return _loop(lambda s, batch: one(s, batch, root, data), state, batches, mesh)
+    def run(state: TrainState, root: Key, batches: PyTree, data: PyTree, frozen: PyTree) -> tuple[TrainState, Metrics]:
+        fixed = () if frozen is None else (frozen,)
+        return _loop(lambda s, batch: one(s, batch, root, data, fixed), state, batches, mesh)
 
     return Step(jax.jit(run, donate_argnums=0), key, steps_per_call, accumulate, mesh)
 
 
-def _gradient(loss_fn: LossFn, accumulate: int, mesh: Mesh | None) -> Callable[..., tuple[PyTree, Array, dict]]:
+def _gradient(
+    loss_fn: LossFn, accumulate: int, mesh: Mesh | None, fixed: tuple
+) -> Callable[..., tuple[PyTree, Array, dict]]:
     """`gradient(params, key, fetch, batch) -> (grads, losses, aux)`, averaged over the micro-batches."""
 
     def mean_loss(params: PyTree, key: Key, batch: PyTree) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-        losses, aux = loss_fn(params, key, batch)
+        losses, aux = loss_fn(params, key, batch, *fixed)
         return losses.mean(), (losses, aux)
 
     def of_part(params: PyTree, key: Key, fetch: Callable, part: PyTree) -> tuple[PyTree, Array, dict]:
