@@ -16,6 +16,7 @@ import numpy as np
 from experiments import cli, pictures, trained
 from jaxdiff import data, pipelines, sample, solver
 from jaxdiff.errors import ConfigError
+from jaxdiff.pretrained import inversion
 from jaxdiff.pretrained import pipelines as published
 from jaxdiff.types import Array
 
@@ -39,6 +40,8 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw and write; returns the exit status."""
     pipe = published.load(args.pretrained, variant=args.variant, dtype=jnp.bfloat16 if args.half else None)
+    for path in args.inversion:
+        pipe = inversion.add(pipe, inversion.load(path))
     per = args.seeds or list(range(args.seed, args.seed + (args.num or 1)))
     trained.check_seeds(per)
     prompts = [prompt for prompt in args.prompt for _ in per]

@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", help="with --pretrained: the files to read, e.g. fp16")
     add("--half", action="store_true", help="with --pretrained: compute in bfloat16")
     add("--size", nargs=2, type=int, help="with --pretrained: height and width (default: as it was trained)")
+    add("--inversion", nargs="+", action="extend", default=[], help="with --pretrained: files of learned words to know")
     add("--prompt", nargs="+", action="extend", default=[], help="what to draw; several prompts give a row each")
     add("--negative", default="", help="what not to draw: guidance goes away from it")
     add("--label", nargs="+", type=int, action="extend", default=[], help="classes to draw, for a model of classes")

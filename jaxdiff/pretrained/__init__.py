@@ -3,6 +3,18 @@
 pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL: see `jaxdiff.pipelines`
 """
 
-from jaxdiff.pretrained import ddpm, files, keys, lora, pipelines, schedulers, single_file, text, unet, vae
+from jaxdiff.pretrained import ddpm, files, inversion, keys, lora, pipelines, schedulers, single_file, text, unet, vae
 
-__all__ = ["ddpm", "files", "keys", "lora", "pipelines", "schedulers", "single_file", "text", "unet", "vae"]
+__all__ = [
+    "ddpm",
+    "files",
+    "inversion",
+    "keys",
+    "lora",
+    "pipelines",
+    "schedulers",
+    "single_file",
+    "text",
+    "unet",
+    "vae",
+]

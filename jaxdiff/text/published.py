@@ -9,7 +9,7 @@ They are Hugging Face's `tokenizers` (in Rust, without PyTorch), read from token
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
 
-from jaxdiff.errors import ConfigError, DataError
+from jaxdiff.errors import ConfigError, DataError, check_count
 from jaxdiff.text.tokenizer import check_size, clean, named_damage, warn_of_cuts
 
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -32,15 +32,24 @@ class Tokens(NamedTuple):
 
 
 class PublishedTokenizer:
-    """Made by `open_tokenizer`. `bos` is None where texts have no begin; `max_len` is what the folder says, or None."""
+    """Made by `open_tokenizer`. `bos` is None where texts have no begin; `max_len` is what the folder says, or None.
 
-    def __init__(self, backend: tokenizers.Tokenizer, pad: int | None, max_len: int | None) -> None:
+    added: the first id of each token that `extended` has put in -> all of its ids.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        pad: int | None,
+        max_len: int | None,
+        added: Mapping[int, tuple[int, ...]] | None = None,
+    ) -> None:
         backend.no_padding()
         backend.no_truncation()
         ends = backend.encode("").ids
         if not 1 <= len(ends) <= 2:
             raise DataError(f"a tokenizer must put one or two tokens around a text, this one puts {len(ends)}.")
-        self._backend = backend
+        self._backend, self._added = backend, dict(added or {})
         self.bos, self.eos = (ends[0] if len(ends) == 2 else None), ends[-1]
         self.pad, self.max_len = (self.eos if pad is None else pad), max_len
 
@@ -60,7 +69,34 @@ class PublishedTokenizer:
             raise ConfigError(f"texts must be a sequence of strings, got a bare string. Write [{texts[:40]!r}].")
         with named_damage("this tokenizer"):
             encoded = self._backend.encode_batch([clean(text) for text in texts], add_special_tokens=False)
-        return [e.ids for e in encoded]
+        if not self._added:
+            return [e.ids for e in encoded]
+        return [[i for id in e.ids for i in self._added.get(id, (id,))] for e in encoded]
+
+    def extended(self, token: str, count: int = 1) -> "PublishedTokenizer":
+        """This tokenizer and one token more, which stands for `count` new ids: those of token, token_1, token_2 ...
+
+        It is found also within words, in any case of its letters, as diffusers finds it. Raises ConfigError for a
+        token that is blank or known, and for more ids than a text has room for.
+        """
+        check_count("count", count, "A token stands for one vector or a few.")
+        if self.max_len is not None and count > self.room:
+            raise ConfigError(f"{token!r:.60} has {count} vectors; a text has room for {self.room}.")
+        names = [token, *(f"{token}_{i}" for i in range(1, count))]
+        known = [name for name in names if not name.strip() or self._backend.token_to_id(name) is not None]
+        if known:
+            raise ConfigError(f"{known[0]!r:.60} is blank or known to this tokenizer. Give another name for the token.")
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.add_tokens(names)
+        ids = tuple(i for name in names if (i := backend.token_to_id(name)) is not None)
+        return PublishedTokenizer(backend, self.pad, self.max_len, self._added | {ids[0]: ids})
+
+    def ids(self, token: str) -> tuple[int, ...]:
+        """The ids of a token that `extended` has put in. Raises ConfigError for another."""
+        first = self._backend.token_to_id(token)
+        if first not in self._added:
+            raise ConfigError(f"{token!r:.60} was not added to this tokenizer.")
+        return self._added[first]
 
     def frame(self, pieces: Sequence[int], length: int) -> np.ndarray:
         """int32 (length,): begin, `pieces`, end, padding. Raises ConfigError where they do not fit."""
