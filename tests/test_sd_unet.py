@@ -64,18 +64,25 @@ def test_wrong_settings_are_named():
         SDUNet(**XL | {"token_dim": None})
 
 
-def test_remat_changes_no_gradient(xl):
+def test_remat_changes_no_gradient_and_computes_again_what_it_says(xl):
     params, inputs, _ = xl
 
-    def gradient(net):
+    def gradient(remat):
         def loss(tokens):
-            return jnp.square(net.apply(params, **inputs | {"tokens": tokens})).mean()
+            return jnp.square(SDUNet(**XL, remat=remat).apply(params, **inputs | {"tokens": tokens})).mean()
 
-        return jax.jit(jax.grad(loss))(inputs["tokens"])
+        return jax.grad(loss)
 
-    plain = gradient(SDUNet(**XL))
-    np.testing.assert_allclose(gradient(SDUNet(**XL, remat=True)), plain, rtol=1e-4, atol=1e-6)
+    plain, *others = (jax.jit(gradient(remat))(inputs["tokens"]) for remat in ("none", "full", "dots"))
     assert np.abs(plain).max() > 0
+    for other in others:
+        np.testing.assert_allclose(other, plain, rtol=1e-4, atol=1e-6)
+    programs = [str(jax.make_jaxpr(gradient(remat))(inputs["tokens"])) for remat in ("none", "dots", "full")]
+    products = [program.count("dot_general") for program in programs]
+    assert products[0] < products[1] < products[2]
+    assert ["remat" in program for program in programs] == [False, True, True]
+    with pytest.raises(ConfigError, match="remat must be one of none, full, dots"):
+        SDUNet(**XL, remat="some")
 
 
 def test_the_published_sizes():

@@ -209,11 +209,11 @@ def check_common(dropout: float, dtype: Any) -> None:
 REMAT = {"none": None, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
-def remat(module: Any, policy: str) -> Any:
-    """`module`, called as (x, embedding, context, deterministic), recomputed in the backward pass as REMAT says."""
+def remat(module: Any, policy: str, static: tuple[int, ...] = (4,)) -> Any:
+    """`module`, recomputed in the backward pass as REMAT says; `static` arguments (self is 0) are no arrays."""
     if policy == "none":
         return module
-    return nn.remat(module, static_argnums=(4,), policy=REMAT[policy])
+    return nn.remat(module, static_argnums=static, policy=REMAT[policy])
 
 
 def check_remat(policy: str) -> None:

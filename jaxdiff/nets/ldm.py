@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 
-from jaxdiff.nets.conditioning import LayerNorm, dense
+from jaxdiff.nets.conditioning import LayerNorm, dense, remat
 from jaxdiff.nets.init import XAVIER
 from jaxdiff.nets.layers import ZEROS, Conv, GroupNorm, upsample
 from jaxdiff.types import Array
@@ -38,7 +38,7 @@ class Style:
     padding: Any = CENTRED
     linear_projection: bool = False
     end_init: Initializer = XAVIER
-    remat: bool = False
+    remat: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +151,9 @@ class Transformer(nn.Module):
         b, height, width, channels = x.shape
         h = GroupNorm(self.style.groups, TRANSFORMER_EPS, name="norm")(x)
         h = self._project(h, "proj_in", XAVIER).reshape(b, -1, channels)
+        block = remat(TransformerBlock, self.style.remat, ())
         for i in range(self.depth):
-            h = TransformerBlock(self.heads, name=f"transformer_blocks_{i}")(h, tokens)
+            h = block(self.heads, name=f"transformer_blocks_{i}")(h, tokens)
         return x + self._project(h.reshape(b, height, width, channels), "proj_out", ZEROS)
 
     def _project(self, x: Array, name: str, init: Initializer) -> Array:
@@ -177,7 +178,7 @@ class Stack(nn.Module):
     ) -> tuple[Array, tuple[Array, ...]]:
         """The map, and every map on the way; `skips` are joined to it, the last first; `size` is that of an "up"."""
         made = []
-        residual = nn.remat(Residual) if self.style.remat else Residual
+        residual = remat(Residual, self.style.remat, ())
         for i in range(self.num_blocks):
             if skips:
                 x, skips = jnp.concatenate([x, skips[-1]], axis=-1), skips[:-1]
@@ -196,8 +197,7 @@ class Stack(nn.Module):
             return x
         if self.attends.kind == "self":
             return SelfAttention(self.attends.heads, self.style, name=name)(x)
-        transformer = nn.remat(Transformer) if self.style.remat else Transformer
-        return transformer(self.attends.heads, self.attends.depth, self.style, name=name)(x, tokens)
+        return Transformer(self.attends.heads, self.attends.depth, self.style, name=name)(x, tokens)
 
 
 class Resample(nn.Module):

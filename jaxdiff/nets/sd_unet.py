@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxdiff.errors import ConfigError
-from jaxdiff.nets.conditioning import check_positive, compute_dtype, dense, sinusoid
+from jaxdiff.nets.conditioning import check_positive, check_remat, compute_dtype, dense, sinusoid
 from jaxdiff.nets.init import XAVIER, normal
 from jaxdiff.nets.layers import ZEROS, Conv, GroupNorm
 from jaxdiff.nets.ldm import AFTER, CENTRED, Attends, Stack, Style
@@ -31,7 +31,8 @@ class SDUNet(nn.Module):
     time (b,): the index of a chain. tokens (b, L, token_dim) for levels that attend "cross"; vector (b, vector_dim) and
     sizes (b, 6) for XL: original height and width, crop top and left, target height and width; labels (b,).
     `heads` and `depth` are, by level, heads of attention and blocks in a transformer. The defaults are SD 1.
-    Parameters float32, computation in `dtype`. Raises ConfigError for settings and inputs that do not fit.
+    Parameters float32, computation in `dtype`; `remat` "full" or "dots" spares memory in training, a residual block and
+    a block of a transformer at a time. Raises ConfigError for settings and inputs that do not fit.
     """
 
     channels: tuple[int, ...] = (320, 640, 1280, 1280)
@@ -53,7 +54,7 @@ class SDUNet(nn.Module):
     down_padding: int = 1
     sines_first: bool = False
     time_endpoint: bool = False
-    remat: bool = False
+    remat: str = "none"
     dtype: Any = None
 
     def __post_init__(self):
@@ -157,6 +158,7 @@ class TwoLayers(nn.Module):
 
 
 def _check_settings(net: SDUNet) -> None:
+    check_remat(net.remat)
     check_positive(num_blocks=net.num_blocks, groups=net.groups, in_channels=net.in_channels)
     for name in ("attention", "heads", "depth"):
         if len(getattr(net, name)) != len(net.channels):
