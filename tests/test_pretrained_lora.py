@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxdiff.errors import CheckpointError, ConfigError
-from jaxdiff.pretrained import lora
+from jaxdiff.pretrained import files, lora
 from jaxdiff.pretrained import pipelines as published
 
 FOLDER = Path(__file__).parent / "fixtures" / "tiny_sd"
@@ -96,29 +96,65 @@ def test_a_peft_folder_says_its_alpha_beside(params, factors, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, wanted)
 
 
-def test_what_is_written_is_read_again(params, factors, tmp_path):
+@pytest.mark.parametrize("layout", lora.LAYOUTS)
+def test_what_is_written_is_read_again(params, factors, tmp_path, layout):
     read = lora.load(kohya(factors), params)
-    lora.export(tmp_path / "x.safetensors", read, params)
+    read = {"unet": read["unet"]} if layout == "peft" else read
+    lora.export(tmp_path / "x.safetensors", read, params, layout=layout)
     again = lora.load(tmp_path / "x.safetensors", params)
     a, b = (lora.merge(params, entries) for entries in (read, again))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
-    with pytest.raises(ConfigError, match="must end in"):
-        lora.export(tmp_path / "x.bin", read, params)
+    names = {"kohya": set(kohya(factors)), "diffusers": set(diffusers(factors))}
+    assert set(files.read(tmp_path / "x.safetensors")) == names.get(layout, set(files.read(tmp_path / "x.safetensors")))
 
 
-def test_one_is_trained_by_its_gradient(params):
-    start = lora.init(jax.random.key(0), params, rank=2)
+def test_what_a_layout_cannot_hold_is_refused(params, factors, tmp_path):
+    read = lora.load(kohya(factors), params)
+    for path, layout, words in (("x.bin", "kohya", "must end in"), ("x.safetensors", "peft", "of the U-Net alone")):
+        with pytest.raises(ConfigError, match=words):
+            lora.export(tmp_path / path, read, params, layout=layout)
+    with pytest.raises(ConfigError, match="must be one of diffusers, kohya, peft, got 'webui'"):
+        lora.export(tmp_path / "x.safetensors", read, params, layout="webui")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_xl_names_its_first_text_encoder_te1(params, factors, tmp_path):
+    read = {"text_0": lora.load(kohya(factors), params)["text_0"]}
+    lora.export(tmp_path / "x.safetensors", read, params | {"text_1": {}}, layout="kohya")
+    assert all(name.startswith("lora_te1_text_model_") for name in files.read(tmp_path / "x.safetensors"))
+
+
+def test_a_new_one_adds_nothing_and_says_what_trains(params):
+    shapes = jax.eval_shape(lambda: params)
+    start = lora.init(jax.random.key(0), shapes, rank=2, alpha=3.0)
     assert len(start["unet"]) == 4 * 2 * 4  # q, k, v, out; self and cross; one down, one middle, two up
     jax.tree.map(np.testing.assert_array_equal, lora.merge(params, start), params)
-
-    def loss(entries):
-        unet = lora.merge({"unet": params["unet"]}, entries)["unet"]
-        return sum(jnp.sum(jnp.sin(100 * leaf)) for leaf in jax.tree.leaves(unet))
-
-    gradient = jax.jit(jax.grad(loss))(start)
-    assert all(np.abs(f.up).max() > 0 for f in gradient["unet"].values())
+    trained, fixed = lora.split(start)
+    assert all(set(pair) == {"down", "up"} for pair in trained["unet"].values())
+    assert set(map(float, jax.tree.leaves(fixed))) == {1.5}
+    assert jax.tree.structure(lora.join(trained, fixed)) == jax.tree.structure(start)
     with pytest.raises(ConfigError, match="no kernel matches"):
         lora.init(jax.random.key(0), params, match="nothing")
+
+
+def test_its_gradient_is_the_full_one_by_the_chain_rule(params):
+    """W' = W + s down up, so dL/d up = s down^T dL/dW' and dL/d down = s dL/dW' up^T."""
+    rng = np.random.default_rng(0)
+    trained, fixed = lora.split(lora.init(jax.random.key(0), params, rank=2, alpha=3.0, match=".*(to_q|conv1)/kernel"))
+    trained = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), trained)
+
+    def loss(unet):
+        return sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(unet))
+
+    merged = lora.merge({"unet": params["unet"]}, lora.join(trained, fixed))["unet"]
+    full = jax.grad(loss)(merged)
+    gradient = jax.grad(lambda t: loss(lora.merge({"unet": params["unet"]}, lora.join(t, fixed))["unet"]))(trained)
+    assert {lora._leaf(params["unet"], path).ndim for path in gradient["unet"]} == {2, 4}
+    for path, pair in gradient["unet"].items():
+        whole = np.asarray(lora._leaf(full, path)).reshape(-1, pair["up"].shape[-1])
+        down, up = (np.asarray(trained["unet"][path][name]) for name in ("down", "up"))
+        np.testing.assert_allclose(pair["up"], 1.5 * down.reshape(-1, 2).T @ whole, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(pair["down"].reshape(-1, 2), 1.5 * whole @ up.T, rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_belong_is_named(params, factors):

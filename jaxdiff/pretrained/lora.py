@@ -8,9 +8,15 @@
     base_model.model.down_blocks.0...to_q.lora_A.weight, .lora_B.weight                   peft: the U-Net alone
 
 A LoRA is a pytree, {part: {path: Factors}}, and `merge` a pure function of it: as arguments of your jit, neither
-another scale nor another LoRA of the same ranks compiles again; its gradient trains one. Hu et al. 2022, section 4.1.
+another scale nor another LoRA of the same ranks compiles again. To train one:
+
+    trained, fixed = split(init(key, params, rank=8))
+    loss(trained) = ... merge(params, join(trained, fixed)) ...        params are constants of the loss
+
+Hu et al. 2022, section 4.1.
 """
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -21,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.atomic import replacing
 from jaxdiff.errors import CheckpointError, ConfigError, check_count
 from jaxdiff.pretrained import files, keys
 from jaxdiff.pretrained.layout import mirror
@@ -33,6 +40,10 @@ PARTS = {
     "text_1": ("text_encoder_2.", "lora_te2_"),
 }
 """Part of the parameters -> how its keys begin."""
+
+LAYOUTS = {"diffusers": ("lora_A", "lora_B"), "kohya": ("lora_down", "lora_up"), "peft": ("lora_A", "lora_B")}
+"""The layouts that are written -> what they call down and up."""
+PEFT = "adapter_config.json"
 
 _ENDS = re.compile(
     r"(?P<module>.+?)(?:_lora|\.lora_linear_layer|\.lora)?[._](?:lora_)?(?P<kind>down|up|A|B)(?:\.default)?\.weight"
@@ -82,8 +93,18 @@ def merge(params: PyTree, lora: LoRA, scale: Any = 1.0) -> PyTree:
     return {part: _add(tree, lora.get(part, {}), scale) for part, tree in params.items()}
 
 
-def init(key: Key, params: PyTree, *, rank: int = 8, match: str = r".*attn[12]/to_(q|k|v|out_0)/kernel") -> LoRA:
-    """A LoRA to train, which adds nothing yet: of every kernel of `params["unet"]` whose path matches, down random."""
+def init(
+    key: Key,
+    params: PyTree,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    match: str = r".*attn[12]/to_(q|k|v|out_0)/kernel",
+) -> LoRA:
+    """A LoRA to train, which adds nothing yet: of every kernel of `params["unet"]` whose path matches, down random.
+
+    `params` may be shapes. alpha: None for that of the rank, a scale of 1. Raises ConfigError where nothing matches.
+    """
     check_count("rank", rank, "LoRAs have ranks from 4 to 128.")
     paths = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params["unet"])[0]}
     chosen = {path: leaf for path, leaf in paths.items() if re.fullmatch(match, path)}
@@ -93,29 +114,81 @@ def init(key: Key, params: PyTree, *, rank: int = 8, match: str = r".*attn[12]/t
     for i, (path, leaf) in enumerate(sorted(chosen.items())):
         shape = (*leaf.shape[:-1], rank)
         down = jax.random.normal(jax.random.fold_in(key, i), shape) / np.sqrt(np.prod(shape[:-1]))
-        made[path] = Factors(down, jnp.zeros((rank, leaf.shape[-1])), jnp.ones(()))
+        scale = jnp.float32(1.0 if alpha is None else alpha / rank)
+        made[path] = Factors(down, jnp.zeros((rank, leaf.shape[-1])), scale)
     return {"unet": made}
 
 
-def export(path: str | os.PathLike, lora: LoRA, params: PyTree) -> None:
-    """Write a .safetensors file in diffusers' layout; scales are put into the up factors, so that it needs no alpha."""
+def split(lora: LoRA) -> tuple[PyTree, PyTree]:
+    """(trained, fixed): the down and up of every addition as a dict, and its scale, which is no parameter."""
+    trained = {
+        part: {path: {"down": f.down, "up": f.up} for path, f in entries.items()} for part, entries in lora.items()
+    }
+    return trained, {part: {path: f.scale for path, f in entries.items()} for part, entries in lora.items()}
+
+
+def join(trained: PyTree, fixed: PyTree) -> LoRA:
+    """The LoRA that `split` took apart."""
+    return {
+        part: {path: Factors(pair["down"], pair["up"], fixed[part][path]) for path, pair in entries.items()}
+        for part, entries in trained.items()
+    }
+
+
+def export(path: str | os.PathLike, lora: LoRA, params: PyTree, *, layout: str = "diffusers") -> None:
+    """Write a .safetensors file in the layout "diffusers", "kohya" or "peft"; `params` may be shapes.
+
+    kohya's has an alpha for each; else the scales are put into the up factors. peft's, of the U-Net alone, has its
+    adapter_config.json beside it. Raises ConfigError for another layout, or what it cannot hold.
+    """
     from safetensors import numpy
 
-    if Path(path).suffix != ".safetensors":
+    path = Path(path)
+    if path.suffix != ".safetensors":
         raise ConfigError(f"the file of a LoRA must end in .safetensors, got {path}.")
-    tensors = {}
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    tensors: dict[str, np.ndarray] = {}
     for part, entries in lora.items():
-        names = {path: name for name, path in _modules(part, params[part]).items() if "." in name}
-        for at, (down, up, scale) in entries.items():
-            kernel, up = np.asarray(down), (np.asarray(up) * np.asarray(scale)).T
-            if kernel.ndim == 4:
-                kernel, up = kernel.transpose(3, 2, 0, 1), up[:, :, None, None]
-            else:
-                kernel = kernel.T
-            begin = PARTS[part][0] + ("text_model." if part != "unet" else "") + names[at]
-            tensors[f"{begin}.lora_A.weight"] = np.ascontiguousarray(kernel)
-            tensors[f"{begin}.lora_B.weight"] = np.ascontiguousarray(up)
-    numpy.save_file(tensors, os.fspath(path), metadata={"format": "pt"})
+        names = {at: name for name, at in _modules(part, params[part]).items() if "." in name}
+        for at, factors in entries.items():
+            tensors |= _tensors(layout, part, names[at], factors, xl="text_1" in params)
+    config = _peft_config(lora, tensors) if layout == "peft" else None
+    with replacing(path) as temporary:
+        numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+    if config is not None:
+        with replacing(path.with_name(PEFT)) as temporary:
+            temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(layout: str, part: str, name: str, factors: Factors, *, xl: bool) -> dict[str, np.ndarray]:
+    """One addition under the names of a layout, for an SD or, where `xl`, for an XL."""
+    down, up, scale = (np.asarray(x) for x in factors)
+    rank = up.shape[0]
+    up = up.T if layout == "kohya" else (up * scale).T
+    down = down.transpose(3, 2, 0, 1) if down.ndim == 4 else down.T
+    up = up[:, :, None, None] if down.ndim == 4 else up
+    name = name if part == "unet" else f"text_model.{name}"
+    if layout == "kohya":
+        begin = "lora_te1_" if xl and part == "text_0" else PARTS[part][1]
+        name = name.replace(".", "_")
+    else:
+        begin = PARTS[part][2 if layout == "peft" else 0]
+    made = {f"{begin}{name}.{end}.weight": x for end, x in zip(LAYOUTS[layout], (down, up), strict=True)}
+    if layout == "kohya":
+        made[f"{begin}{name}.alpha"] = scale * rank
+    return {key: np.array(x, np.float32, order="C") for key, x in made.items()}
+
+
+def _peft_config(lora: LoRA, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The adapter_config.json of a U-Net's LoRA whose scales are in its factors."""
+    ranks = {factors.up.shape[0] for entries in lora.values() for factors in entries.values()}
+    if set(lora) != {"unet"} or len(ranks) != 1:
+        raise ConfigError(f"peft's layout holds one rank, of the U-Net alone; this has {sorted(ranks)} of {[*lora]}.")
+    ends = (PARTS["unet"][2], ".lora_A.weight")
+    modules = sorted(name.removeprefix(ends[0]).removesuffix(ends[1]) for name in tensors if name.endswith(ends[1]))
+    rank = ranks.pop()
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules, "bias": "none"}
 
 
 def _modules(part: str, tree: PyTree) -> dict[str, str]:
@@ -171,9 +244,9 @@ def _peft_alpha(source: Any) -> float | None:
     if isinstance(source, Mapping):
         return None
     folder = Path(source) if Path(source).is_dir() else Path(source).parent
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / PEFT).is_file():
         return None
-    alpha = files.config(folder, "adapter_config.json").get("lora_alpha")
+    alpha = files.config(folder, PEFT).get("lora_alpha")
     return float(alpha) if isinstance(alpha, int | float) else None
 
 
