@@ -10,7 +10,7 @@ that cannot be used are replaced by others (jaxdiff.data.faults) and listed in s
 
 import contextlib
 import importlib.util
-from collections.abc import Generator
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,11 +19,13 @@ import numpy as np
 
 from experiments import cli
 from experiments.configs import Config
-from jaxdiff import data
+from jaxdiff import data, text
 from jaxdiff.errors import ConfigError, DataError
 from jaxdiff.types import Array
 
 Examples: TypeAlias = data.Dataset | data.ImageFolder
+Rows: TypeAlias = Mapping[str, np.ndarray]
+"""Arrays with a row for each example."""
 
 
 def _folder(c: Config) -> Examples:
@@ -96,13 +98,23 @@ def describe(dataset: Examples) -> dict[str, Any]:
 
 
 def arrays(dataset: Examples, condition: str, tokenizer: Any, max_len: int) -> dict[str, np.ndarray]:
-    """What lives on the device, one row per example: ids or label if conditioned on, and the images if in memory."""
+    """What lives on the device, one row per example: ids or label if conditioned on, and the images if in memory.
+
+    What a frozen text encoder made of the captions is too much for that: see `batches`.
+    """
     rows: dict[str, np.ndarray] = {"image": dataset.images} if isinstance(dataset, data.Dataset) else {}
-    if condition == "caption":
-        rows["ids"] = tokenizer.encode(dataset.captions, max_len)
+    if condition == "caption" and isinstance(tokenizer, text.Tokenizer):
+        rows |= texts(tokenizer, dataset.captions or (), max_len)
     if condition == "label" and dataset.labels is not None:
         rows["label"] = dataset.labels
     return rows
+
+
+def texts(tokenizer: Any, captions: Sequence[str], max_len: int) -> dict[str, np.ndarray]:
+    """The conditions of captions: their ids, or what the frozen encoder `latents.Texts` makes of them."""
+    if isinstance(tokenizer, text.Tokenizer):
+        return {"ids": tokenizer.encode(list(captions), max_len)}
+    return tokenizer.rows(list(captions))
 
 
 def faults(dataset: Examples, path: Path) -> data.Faults:
@@ -116,23 +128,27 @@ def faults(dataset: Examples, path: Path) -> data.Faults:
 
 
 def batches(
-    dataset: Examples, *, seed: int, step: int, batch_size: int, steps: int, **reading: Any
+    dataset: Examples, *, seed: int, step: int, batch_size: int, steps: int, along: Rows | None = None, **reading: Any
 ) -> Generator[dict[str, np.ndarray]]:
     """From `step` on and without end, what each call of `steps` steps is given: see `take`.
 
     index (steps, b) says which examples, in the order of `data.order`; image (steps, b, ...) comes with it where the
     pictures are streamed, read ahead while the device works: `reading` (ahead, workers, faults) is for `data.stream`.
-    Its workers end with it. Raises DataError when too many pictures cannot be read.
+    So do the rows of `along`, arrays of the host. Its workers end with it. Raises DataError when too many pictures
+    cannot be read.
     """
+    along = along or {}
     if isinstance(dataset, data.Dataset):
         sizes: Any = {"batch_size": batch_size, "num_examples": len(dataset), "skipped": dataset.skipped}
         while True:
-            yield {"index": data.orders(seed, step, steps, **sizes)}
+            index = data.orders(seed, step, steps, **sizes)
+            yield {"index": index} | {name: rows[index] for name, rows in along.items()}
             step += steps
     with contextlib.closing(data.stream(dataset, seed=seed, batch_size=batch_size, step=step, **reading)) as stream:
         while True:
             parts = [next(stream) for _ in range(steps)]
-            yield {"index": np.stack([index for index, _ in parts]), "image": np.stack([image for _, image in parts])}
+            index, image = (np.stack(part) for part in zip(*parts, strict=True))
+            yield {"index": index, "image": image} | {name: rows[index] for name, rows in along.items()}
 
 
 def take(rows: dict[str, Array], batch: dict[str, Array]) -> dict[str, Array]:

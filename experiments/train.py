@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import check, cli, inputs, launch, pictures, workdir
+from experiments import autoencoder, check, cli, inputs, latents, launch, pictures, trained, workdir
 from experiments import model as models
 from experiments.configs import Config
 from experiments.saving import Saver, tolerated
@@ -69,10 +69,11 @@ class Job:
         self.info = inputs.describe(self.dataset)
         workdir.check(directory, config, self.info)
         self.tokenizer = models.tokenizer_for(config, self.dataset.captions, directory)
-        self.model = models.build(config, self.info, self.tokenizer)
+        self.coder = latents.coder_of(config)
+        latents.check(directory, self.coder, self.tokenizer)
+        self.model = models.build(config, self.info, self.tokenizer, self.coder)
         self.sampler = models.sampler(self.model, config.sample)
         self.faults = inputs.faults(self.dataset, directory / "skipped_records.jsonl")
-        self.rows = inputs.arrays(self.dataset, config.condition, self.tokenizer, config.text.max_len)
         self.key_init, self.key_train = jax.random.split(jax.random.key(config.seed))
         self.abstract = jax.eval_shape(self.init)
         there = len(checkpoint.Checkpoints(directory / "checkpoints").steps())
@@ -86,11 +87,26 @@ class Job:
         """The files that say what this run is: config.json first, so that a header cut short is known as ours."""
         workdir.write_json(self.directory / "config.json", self.config.to_dict())
         (self.directory / "samples").mkdir(exist_ok=True)
-        if self.tokenizer is not None and not (self.directory / "tokenizer.json").exists():
-            self.tokenizer.save(self.directory / "tokenizer.json")
+        vocabulary = None if self.model.told else self.tokenizer
+        if vocabulary is not None and not (self.directory / "tokenizer.json").exists():
+            vocabulary.save(self.directory / "tokenizer.json")
+        latents.remember(self.directory, self.coder, self.tokenizer)
         workdir.write_json(self.directory / "data.json", self.info)
         workdir.write_json(self.directory / "versions.json", workdir.versions())
         self.faults.write()
+
+    def prepare(self) -> None:
+        """What the steps are given: examples or their latents, and conditions, on the device or along with each batch.
+
+        Frozen networks make theirs now, for as long as that takes.
+        """
+        c, captions = self.config, self.dataset.captions or ()
+        self.examples: inputs.Examples = self.dataset
+        if self.coder:
+            self.examples = latents.encode(self.dataset, self.coder, latents.cache_of(c))
+            self.faults = inputs.faults(self.examples, self.directory / "skipped_records.jsonl")
+        self.rows = inputs.arrays(self.examples, c.condition, self.tokenizer, c.text.max_len)
+        self.along = inputs.texts(self.tokenizer, captions, c.text.max_len) if self.model.told else {}
 
     def describe(self) -> str:
         """One line about what is trained on what."""
@@ -121,14 +137,14 @@ def _accumulate(window: dict[str, Any], metrics: dict[str, Any]) -> dict[str, An
 
 
 def _line(window: dict[str, Any], bad_steps: int) -> dict[str, Any]:
-    """The averages since the last line: loss, grad_norm, loss per bucket (null where no example fell in it)."""
+    """The averages since the last line: loss, its parts, grad_norm, or loss per bucket (null where none fell in it)."""
     w = {k: np.asarray(v, np.float64) for k, v in window.items()}
-    return {
-        "loss": _ratio(w["loss"], w["steps"]),
-        "grad_norm": _ratio(w["grad_norm"], w["steps"]),
-        "bad_steps": bad_steps,
-        "loss_per_logsnr": [_ratio(s, n) for s, n in zip(w["bucket_sum"], w["bucket_count"], strict=True)],
-    }
+    line: dict[str, Any] = {"loss": None, "grad_norm": None, "bad_steps": bad_steps}
+    line |= {k: _ratio(v, w["steps"]) for k, v in w.items() if not v.ndim and k != "steps"}
+    if "bucket_sum" in w:
+        buckets = zip(w["bucket_sum"], w["bucket_count"], strict=True)
+        line["loss_per_logsnr"] = [_ratio(total, count) for total, count in buckets]
+    return line
 
 
 def _ratio(total: np.ndarray, count: np.ndarray) -> float | None:
@@ -142,6 +158,7 @@ def fit(job: Job, watch: hosts.Watch) -> int:
     with checkpoint.Checkpoints(job.directory / "checkpoints", keep=c.keep, every=c.checkpoint_every) as checkpoints:
         checkpoints.prepare()
         print(job.describe())
+        job.prepare()
         done, carry = _start(job, checkpoints)
         where = None if launch.speaks() else sys.stdout  # which leads nowhere in the other processes
         bar = tqdm(total=c.steps, initial=done, unit="step", dynamic_ncols=True, file=where)
@@ -150,9 +167,7 @@ def fit(job: Job, watch: hosts.Watch) -> int:
     if stop.signal is not None and done < c.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
         return 128 + stop.signal
-    print(
-        f"done: step {done}. Make pictures with\n  python -m experiments.sample --workdir={job.directory}{_hint(job)}"
-    )
+    print(f"done: step {done}. {_next(job)}")
     return 0
 
 
@@ -201,6 +216,16 @@ def _go_back(job: Job, state: Any, end: int, saver: Saver) -> dict[str, Any]:
     return jax.device_put(carry, train.mesh.state_sharding(job.mesh, carry))
 
 
+def _next(job: Job) -> str:
+    """What to type when training has ended."""
+    if not isinstance(job.model, models.Autoencoder):
+        return f"Make pictures with\n  python -m experiments.sample --workdir={job.directory}{_hint(job)}"
+    run = trained.restore(job.directory)
+    autoencoder.publish(run.model, run.params, job.dataset, job.directory / "vae")
+    more = "--config=latent_emoji --config.frozen.autoencoder"
+    return f"Train a model in its latents with\n  python -m experiments.train {more}={job.directory}"
+
+
 def _hint(job: Job) -> str:
     """What to add to the command that makes pictures: a prompt that the model has seen, or a class."""
     prompt = (*job.config.sample.prompts, *(job.dataset.captions or ()), "...")[0]
@@ -216,7 +241,7 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
         accumulate=job.config.train.accumulate,
         steps_per_call=steps_per_call,
         get_batch=inputs.take,
-        summary=train.logsnr_buckets(**models.BUCKETS),
+        summary=job.model.summary,
         mesh=job.mesh,
     )
 
@@ -224,6 +249,7 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
 def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
     c, k = job.config.train, check.steps_per_call(job.config, done)
     step, rows = _make_step(job, k), train.mesh.place(job.rows, train.mesh.replicated(job.mesh))
+    frozen = train.mesh.place(job.model.frozen, train.mesh.replicated(job.mesh))
     feed, draw = _feed(job, done, k), jax.jit(job.sampler, out_shardings=train.mesh.replicated(job.mesh))
     unheard, first, stopping, since = [], True, False, (time.perf_counter(), done)
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
@@ -255,7 +281,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
             since = _speed(log, bar, line, done, since, c.batch_size)
         if due["sample"]:
             started = time.perf_counter()
-            save_grid(job, draw, carry["state"].ema_params["ema"], done)
+            save_grid(job, draw, carry["state"].ema_params["ema"] | frozen, done)
             since = since[0] + time.perf_counter() - started, since[1]
         if stopping or due["checkpoint"]:
             saver.save(carry, done, last=stopping or done == c.steps)
@@ -269,7 +295,7 @@ def _feed(job: Job, done: int, steps: int) -> Generator[dict[str, Any]]:
     alone = "image" in job.rows or not hosts.started()
     rows = slice(None) if alone else train.mesh.own_rows(job.mesh, size)
     sizes: Any = {"seed": c.seed, "batch_size": size, "steps": steps}
-    feed = inputs.batches(job.dataset, step=done, **sizes, **reading, rows=rows, faults=job.faults)
+    feed = inputs.batches(job.examples, step=done, along=job.along, **sizes, **reading, rows=rows, faults=job.faults)
     with contextlib.closing(feed):
         for batch in feed:
             yield batch if alone else train.mesh.assemble(job.mesh, batch, size)
@@ -319,7 +345,7 @@ def _speed(
 def save_grid(job: Job, draw: Any, params: Any, done: int) -> None:
     """Draw the sample grid of the config with the averaged parameters, to samples/step_NNNNNNNN.png."""
     c = job.config.sample
-    cond, words = models.grid_conditions(job.model, c.prompts, job.dataset.captions, c.num)
+    cond, words = models.grid_conditions(job.model, c.prompts, job.dataset, c.num)
     keys = jax.vmap(jax.random.key)(jnp.arange(c.seed, c.seed + c.num, dtype=jnp.uint32))
     x0 = draw(params, keys, cond, job.model.null(c.num))
     text = {"step": done, "conditions": words, "solver": c.solver, "steps": c.steps, "scale": c.scale, "seed": c.seed}

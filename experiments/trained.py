@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import latents, workdir
 from experiments import model as models
-from experiments import workdir
 from experiments.configs import Config
 from jaxdiff.errors import ConfigError
 from jaxdiff.train import checkpoint
@@ -19,9 +19,12 @@ from jaxdiff.types import Array, PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What a workdir holds: the model, the EMA of its parameters, and how and on what it was trained."""
+    """What a workdir holds: the model, the EMA of its parameters, and how and on what it was trained.
 
-    model: models.Model
+    With the parameters are those that it stands on and does not train, see `experiments.latents`.
+    """
+
+    model: Any
     params: PyTree
     config: Config
     info: dict[str, Any]
@@ -29,14 +32,29 @@ class Trained:
 
 
 def load(directory: Path, step: int | None = None) -> Trained:
-    """Read the newest checkpoint, or that of `step`. Raises CheckpointError when there is none that fits."""
+    """Read the newest checkpoint, or that of `step`. Raises CheckpointError when there is none that fits.
+
+    Raises ConfigError for the run of an autoencoder, which draws nothing.
+    """
+    run = restore(directory, step)
+    if isinstance(run.model, models.Autoencoder):
+        raise ConfigError(
+            f"{directory} holds an autoencoder, which draws no pictures of its own. Train a model in its latents: "
+            f"python -m experiments.train --config=latent_emoji --config.frozen.autoencoder={directory}"
+        )
+    return run
+
+
+def restore(directory: Path, step: int | None = None) -> Trained:
+    """As `load`, of any run."""
     config, info = workdir.load(directory)
-    tokenizer = models.load_tokenizer(config, directory)
-    model = models.build(config, info, tokenizer)
+    tokenizer, coder = models.load_tokenizer(config, directory), latents.coder_of(config)
+    latents.check(directory, coder, tokenizer)
+    model = models.build(config, info, tokenizer, coder)
     template = jax.eval_shape(lambda: models.carry(model, config, jax.random.key(0)))
     carry, _ = checkpoint.Checkpoints(directory / "checkpoints").restore(template, step)
     state = carry["state"]
-    return Trained(model, state.ema_params["ema"], config, info, int(state.step))
+    return Trained(model, state.ema_params["ema"] | model.frozen, config, info, int(state.step))
 
 
 def check_seeds(seeds: Sequence[int]) -> None:

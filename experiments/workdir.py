@@ -5,6 +5,8 @@ versions.json   what made it                     tokenizer.json the text vocabul
 metrics.jsonl   one line per logged step         speed.jsonl    time per logged step (differs from run to run)
 samples/        PNG grids                        checkpoints/   the state
 skipped_records.jsonl   the examples that cannot be used, where there are any
+frozen.json     which weights it stands on and does not train, where there are any (see experiments/latents.py)
+vae/            of an autoencoder, when its training has ended: itself, as diffusers reads it
 tensorboard/    the metrics again, where tensorboardX is installed
 """
 
@@ -38,6 +40,7 @@ FREE = (
     "data.memory_gb",
     "data.ahead",
     "data.workers",
+    "frozen.cache",
     "train.log_every",
     "train.sample_every",
     "train.checkpoint_every",

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +11,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import check, cli, inputs
+from experiments import check, cli, inputs, latents
 from experiments import model as models
 from experiments import train as job
-from jaxdiff import data, schedule, solver
+from jaxdiff import data, nets, schedule, solver
 from jaxdiff.errors import ConfigError
 
 SHAPES = {"cifar10": (32, 32, 3), "cifar10_edm": (32, 32, 3), "mnist": (28, 28, 1), "swissroll": (2,)}
+TEXT = Path(__file__).parent / "fixtures" / "text" / "clip"
 
 
 def parse(*argv):
@@ -99,8 +101,13 @@ def test_every_config_describes_a_model_that_can_be_built(name, tmp_path):
     check.config(config)
     shape = SHAPES.get(name, (32, 32, 3))
     info = {"shape": shape, "num_classes": 10, "name": name}
+    coder = None
+    if config.frozen.autoencoder:  # which a machine that runs the tests may not have
+        coder = latents.Coder(nets.AutoencoderKL((8, 8, 8), 1, groups=4), {})
+    if config.frozen.text:
+        config.frozen.text, config.text.max_len = str(TEXT), 8
     tokenizer = models.tokenizer_for(config, ["red heart"], tmp_path)
-    model = models.build(config, info, tokenizer)
+    model = models.build(config, info, tokenizer, coder)
     models.sampler(model, config.sample)
     carry = jax.eval_shape(lambda: models.carry(model, config, jax.random.key(0)))
     assert carry["state"].params["net"]
@@ -146,7 +153,8 @@ def test_help_lists_every_config(capsys):
         "sample.scale=-1", "sample.steps=0", "sample.solver=dpmp_2m", "sample.grid=karas", "condition=captions",
         "diffusion.schedule=cosin", "diffusion.target=epsilon", "diffusion.weighting=min_snr(gama=5)", "net.name=unett",
         "net.groups=7", "data.size=33", "data.name=emojis", "train.dtype=float16", "mesh.data=3", "train.ema=warmed",
-        "condition_dropout=2.0", "train.accumulate=5",
+        "condition_dropout=2.0", "train.accumulate=5", "frozen.autoencoder=/nowhere", "frozen.text=/nowhere",
+        "net.name=autoencoder", "diffusion.noise_offset=-1",
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_before_anything_is_compiled_or_written(override, tmp_path, monkeypatch, capsys):

@@ -26,7 +26,20 @@ def base() -> Config:
             },
             "condition": "none",  # none | label | caption
             "condition_dropout": 0.1,  # share of examples trained without their condition, for guidance
-            "net": {"name": "unet"},  # unet | dit | mlp, and the options of that class
+            "frozen": {  # networks that are used and not trained; see experiments/latents.py
+                # '' = diffusion of pixels. For diffusion in latents: the workdir of a run of emoji_autoencoder, or the
+                # folder of a published autoencoder (or of a pipeline that holds vae/), as diffusers writes it.
+                "autoencoder": "",
+                "text": "",  # '' = a small encoder trained along. For captions: the folder of a published CLIP or T5
+                "cache": "",  # where what they make is kept; '' = ~/.cache/jaxdiff/frozen
+            },
+            "net": {"name": "unet"},  # unet | dit | mlp | autoencoder, and the options of that class
+            "autoencoder": {  # the loss of net autoencoder
+                "error": "l1",  # l1 | l2
+                "kl": 0.05,  # weight of the divergence of the latents from a normal distribution, in nats a pixel value
+                "lpips": "",  # a safetensors file of jaxdiff.metrics.lpips; '' = without
+                "lpips_weight": 1.0,
+            },
             "text": {"vocab_size": 2048, "max_len": 16, "dim": 128, "depth": 2, "heads": 4},
             "diffusion": {  # each is a name, or name(option=value, ...)
                 "schedule": "cosine",  # linear, ddpm_table, sigmoid, vp, ve, edm, rectified_flow, ...
@@ -35,6 +48,7 @@ def base() -> Config:
                 "times": "uniform",  # stratified, antithetic, discrete(T=), logit_normal, log_normal
                 "time_input": "t",  # t | index(T=1000) | logsnr | c_noise: what the network gets for a time
                 "scale_input": "none",  # none | edm(sigma_data=0.5): what multiplies x_t before the network
+                "noise_offset": 0.0,  # noise that all pixels of a channel share; 0.1 where it is used
             },
             "optimizer": {
                 "learning_rate": 2e-4,
@@ -66,7 +80,7 @@ def base() -> Config:
                 "grid": "log_snr(sigma_min=0.03, sigma_max=30.0)",
                 "steps": 20,
                 "scale": 1.0,  # guidance; 1 = off
-                "clip": True,  # keep each estimate of the data in [-1, 1]
+                "clip": True,  # keep each estimate of the data in [-1, 1]; not for latents
                 "num": 64,  # pictures in a sample grid
                 "seed": 0,
                 "prompts": (),  # for condition=caption; () = captions of the training set
