@@ -139,7 +139,12 @@ def lasting(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise ConfigError where the `lasting` settings of what lies at `where`, `old`, are not those of this run."""
+    """Raise ConfigError where the `lasting` settings of what lies at `where`, `old`, are not those of this run.
+
+    A setting of the base config that `old` is too old to have had is at its default there.
+    """
+    default = cli.flatten(json.loads(json.dumps(base().to_dict())))
+    old = {k: default[k] for k in new.keys() & default.keys() if not k.startswith("net.")} | old
     changed = [k for k in sorted(old | new) if old.get(k) != new.get(k)]
     if changed:
         lines = "".join(f"\n  {k}: was {old.get(k)!r}, now {new.get(k)!r}" for k in changed[:8])

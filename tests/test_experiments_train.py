@@ -243,6 +243,24 @@ def test_a_checkpoint_of_another_run_is_refused_though_it_has_the_same_shapes(ro
         job.run([*ROLL, "--config.optimizer.b1=0.5", f"--workdir={directory}"])
 
 
+def test_a_checkpoint_from_before_a_setting_was_there_has_its_default(roll, tmp_path, monkeypatch):
+    def without(config):
+        return {key: value for key, value in lasting(config).items() if key != "optimizer.b1"}
+
+    lasting, directory, other = workdir.lasting, tmp_path / "run", tmp_path / "other"
+    monkeypatch.setattr(workdir, "lasting", without)  # as an older version, which did not have it
+    assert job.run([*ROLL, f"--workdir={directory}"]) == 0
+    monkeypatch.undo()
+    config = json.loads((shutil.copytree(directory, other) / "config.json").read_text())
+    config["optimizer"]["b1"] = 0.5
+    workdir.write_json(other / "config.json", config)
+    with pytest.raises(ConfigError, match=r"checkpoints holds a run with another config:\n  optimizer.b1: was 0.9"):
+        job.run([*ROLL, "--config.optimizer.b1=0.5", f"--workdir={other}"])
+    shutil.rmtree(directory / "checkpoints" / "60")
+    assert job.run([*ROLL, f"--workdir={directory}"]) == 0
+    assert_same_run(directory, roll)
+
+
 def test_a_bad_step_is_left_out_of_the_averages():
     metrics = {"loss": [1.0, np.nan, 3.0], "grad_norm": [2.0, 5.0, 4.0], "bucket_sum": np.full((3, 10), 1.0)}
     metrics = {k: jnp.asarray(v) for k, v in (metrics | {"bucket_count": np.full((3, 10), 2.0)}).items()}
