@@ -1,6 +1,6 @@
 """What the folders of diffusers have in common: networks that bear their published names, and configs read strictly.
 
-    down_blocks_0/resnets_1/conv1/kernel  <->  down_blocks.0.resnets.1.conv1.weight        (linear_1 stays linear_1)
+    down_blocks_0/resnets_1/conv1/kernel  <->  down_blocks.0.resnets.1.conv1.weight      (linear_1, proj_out_1 stay)
 
 A config must say nothing that the network here does not do: a key that is not known is an error, unless it is off.
 """
@@ -28,7 +28,7 @@ STEM = "diffusion_pytorch_model"
 MOST = 2**16
 """No width of a published network comes near this."""
 
-_NUMBER = re.compile(r"(?<!linear)_(\d+)(?=/|$)")
+_NUMBER = re.compile(r"(?<!linear)(?<!proj_out)_(\d+)(?=/|$)")
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 
