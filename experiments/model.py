@@ -11,7 +11,7 @@ a config become functions.
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -300,8 +300,13 @@ def averages(config: Config) -> dict[str, Callable]:
 
 def carry(model: Model | Autoencoder, config: Config, key: Key) -> dict[str, Any]:
     """What a checkpoint holds: the training state, and the sums that the next line of the log will average."""
-    state = train.create_state(model.init(key), optimizer(config), ema=averages(config))
-    sums = {"loss": (), "grad_norm": ()} | model.sums
+    return begin(model.init(key), config, model.sums)
+
+
+def begin(params: PyTree, config: Config, sums: Mapping[str, tuple[int, ...]] = Model.sums) -> dict[str, Any]:
+    """`carry` of given parameters."""
+    state = train.create_state(params, optimizer(config), ema=averages(config))
+    sums = {"loss": (), "grad_norm": (), **sums}
     return {"state": state, "window": {k: jnp.zeros(v) for k, v in sums.items()} | {"steps": jnp.zeros(())}}
 
 

@@ -7,7 +7,6 @@ python -m experiments.train --config=cifar10 --workdir=runs/a --config.train.bat
 import argparse
 import contextlib
 import ctypes
-import shlex
 import signal
 import sys
 import time
@@ -20,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from experiments import autoencoder, check, cli, inputs, latents, launch, pictures, trained, workdir
+from experiments import check, cli, finetune, inputs, launch, pictures, workdir
 from experiments import model as models
 from experiments.configs import Config
+from experiments.job import Job
 from experiments.saving import Saver, tolerated
+from experiments.tuning import Tuned
 from jaxdiff import data, train
 from jaxdiff.errors import DataError
 from jaxdiff.train import checkpoint, hosts
@@ -55,73 +56,6 @@ class Stop:
         self.signal = number
         tqdm.write("stopping: saving after this step; press again to leave without")
         self.__exit__()
-
-
-class Job:
-    """Everything of one run that is built before its first step; nothing here has compiled or written yet."""
-
-    def __init__(self, config: Config, directory: Path):
-        check.config(config)
-        self.config, self.directory = config, directory
-        self.meta = {"config": workdir.lasting(config.to_dict())}  # goes into every checkpoint
-        self.mesh = check.mesh(config)
-        self.dataset = inputs.load(config)
-        self.info = inputs.describe(self.dataset)
-        workdir.check(directory, config, self.info)
-        self.tokenizer = models.tokenizer_for(config, self.dataset.captions, directory)
-        self.coder = latents.coder_of(config)
-        latents.check(directory, self.coder, self.tokenizer)
-        self.model = models.build(config, self.info, self.tokenizer, self.coder)
-        self.sampler = models.sampler(self.model, config.sample)
-        self.faults = inputs.faults(self.dataset, directory / "skipped_records.jsonl")
-        self.key_init, self.key_train = jax.random.split(jax.random.key(config.seed))
-        self.abstract = jax.eval_shape(self.init)
-        there = len(checkpoint.Checkpoints(directory / "checkpoints").steps())
-        workdir.check_space(directory, _bytes(self.abstract) * max(1, config.train.keep + 1 - there))
-
-    def init(self) -> dict[str, Any]:
-        """The carry before the first step; jit it."""
-        return models.carry(self.model, self.config, self.key_init)
-
-    def write_header(self) -> None:
-        """The files that say what this run is: config.json first, so that a header cut short is known as ours."""
-        workdir.write_json(self.directory / "config.json", self.config.to_dict())
-        (self.directory / "samples").mkdir(exist_ok=True)
-        vocabulary = None if self.model.told else self.tokenizer
-        if vocabulary is not None and not (self.directory / "tokenizer.json").exists():
-            vocabulary.save(self.directory / "tokenizer.json")
-        latents.remember(self.directory, self.coder, self.tokenizer)
-        workdir.write_json(self.directory / "data.json", self.info)
-        workdir.write_json(self.directory / "versions.json", workdir.versions())
-        self.faults.write()
-
-    def prepare(self) -> None:
-        """What the steps are given: examples or their latents, and conditions, on the device or along with each batch.
-
-        Frozen networks make theirs now, for as long as that takes.
-        """
-        c, captions = self.config, self.dataset.captions or ()
-        self.examples: inputs.Examples = self.dataset
-        if self.coder:
-            self.examples = latents.encode(self.dataset, self.coder, latents.cache_of(c))
-            self.faults = inputs.faults(self.examples, self.directory / "skipped_records.jsonl")
-        self.rows = inputs.arrays(self.examples, c.condition, self.tokenizer, c.text.max_len)
-        self.along = inputs.texts(self.tokenizer, captions, c.text.max_len) if self.model.told else {}
-
-    def describe(self) -> str:
-        """One line about what is trained on what."""
-        size = sum(leaf.size for leaf in jax.tree.leaves(self.abstract["state"].params))
-        shape = " x ".join(map(str, self.info["shape"]))
-        device = jax.devices()[0]
-        return (
-            f"{self.info['name']}: {self.info['num_examples']:,} examples of {shape}; {self.config.net.name} of "
-            f"{size:,} parameters; {self.mesh.size} {device.platform} device(s) ({device.device_kind}); "
-            f"workdir {self.directory}"
-        )
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @jax.jit
@@ -167,22 +101,18 @@ def fit(job: Job, watch: hosts.Watch) -> int:
     if stop.signal is not None and done < c.steps:
         print(f"stopped at step {done}, saved in {job.directory}. The same command resumes from there.")
         return 128 + stop.signal
-    print(f"done: step {done}. {_next(job)}")
+    print(f"done: step {done}. {job.ended()}")
     return 0
 
 
 def _start(job: Job, checkpoints: checkpoint.Checkpoints) -> tuple[int, dict[str, Any]]:
     """The newest checkpoint, or fresh parameters."""
     if checkpoints.latest() is None:
-        return 0, _fresh(job)
+        return 0, job.fresh()
     carry = _restore(job, checkpoints, checkpoints.steps())
     done = int(carry["state"].step)
     print(f"resuming from step {done} of {job.config.train.steps}")
     return done, carry
-
-
-def _fresh(job: Job) -> dict[str, Any]:
-    return train.mesh.born_sharded(job.mesh, job.init)
 
 
 def _restore(job: Job, checkpoints: checkpoint.Checkpoints, among: Sequence[int]) -> dict[str, Any]:
@@ -206,7 +136,7 @@ def _go_back(job: Job, state: Any, end: int, saver: Saver) -> dict[str, Any]:
     saver.wait(end)
     steps, every = saver.checkpoints.steps(), job.config.train.checkpoint_every
     among = [step for step in steps if step < end and step % every == 0]
-    good = _restore(job, saver.checkpoints, among) if among else _fresh(job)
+    good = _restore(job, saver.checkpoints, among) if among else job.fresh()
     tqdm.write(
         f"the gradients are not finite before step {end}: back to the parameters of step {int(good['state'].step)}, "
         "and on with the data that follow"
@@ -214,22 +144,6 @@ def _go_back(job: Job, state: Any, end: int, saver: Saver) -> dict[str, Any]:
     state = train.roll_back(good["state"], state, end)
     carry = {"state": state, "window": jax.tree.map(jnp.zeros_like, good["window"])}
     return jax.device_put(carry, train.mesh.state_sharding(job.mesh, carry))
-
-
-def _next(job: Job) -> str:
-    """What to type when training has ended."""
-    if not isinstance(job.model, models.Autoencoder):
-        return f"Make pictures with\n  python -m experiments.sample --workdir={job.directory}{_hint(job)}"
-    run = trained.restore(job.directory)
-    autoencoder.publish(run.model, run.params, job.dataset, job.directory / "vae")
-    more = "--config=latent_emoji --config.frozen.autoencoder"
-    return f"Train a model in its latents with\n  python -m experiments.train {more}={job.directory}"
-
-
-def _hint(job: Job) -> str:
-    """What to add to the command that makes pictures: a prompt that the model has seen, or a class."""
-    prompt = (*job.config.sample.prompts, *(job.dataset.captions or ()), "...")[0]
-    return {"caption": f" --prompt {shlex.quote(prompt)}", "label": " --label 0"}.get(job.config.condition, "")
 
 
 def _make_step(job: Job, steps_per_call: int) -> Any:
@@ -249,7 +163,7 @@ def _make_step(job: Job, steps_per_call: int) -> Any:
 def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir.Log, stop: Stop, bar: tqdm) -> int:
     c, k = job.config.train, check.steps_per_call(job.config, done)
     step, rows = _make_step(job, k), train.mesh.place(job.rows, train.mesh.replicated(job.mesh))
-    frozen = train.mesh.place(job.model.frozen, train.mesh.replicated(job.mesh))
+    frozen = jax.tree.map(train.mesh.place, job.model.frozen, train.mesh.state_sharding(job.mesh, job.model.frozen))
     feed, draw = _feed(job, done, k), jax.jit(job.sampler, out_shardings=train.mesh.replicated(job.mesh))
     unheard, first, stopping, since = [], True, False, (time.perf_counter(), done)
     tqdm.write("compiling the training step, which can take a minute; Ctrl-C is answered after it")
@@ -261,7 +175,7 @@ def _loop(job: Job, carry: dict[str, Any], done: int, saver: Saver, log: workdir
                 saver.save(carry, done)
                 saver.wait(done)
             raise
-        state, metrics = step(carry["state"], batches, rows)
+        state, metrics = step(carry["state"], batches, rows, frozen if isinstance(job.model, Tuned) else None)
         carry = {"state": state, "window": _accumulate(carry["window"], metrics)}
         done += k
         unheard.append((done, metrics["trouble"]))
@@ -391,7 +305,8 @@ def run(argv: Sequence[str]) -> int:
     keep_memory()
     use_compile_cache()
     with launch.joined(args, config) as watch:
-        job = Job(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
+        kind = finetune.Tuning if config.pretrained else Job
+        job = kind(config, Path(args.workdir or Path("runs") / Path(args.config).stem))
         with launch.opened(job.directory, config, job.info, job.write_header):
             return fit(job, watch)
 

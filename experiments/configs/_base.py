@@ -33,6 +33,21 @@ def base() -> Config:
                 "text": "",  # '' = a small encoder trained along. For captions: the folder of a published CLIP or T5
                 "cache": "",  # where what they make is kept; '' = ~/.cache/jaxdiff/frozen
             },
+            # '' = from scratch. For --config=finetune: the folder of a Stable Diffusion 1, 2 or XL, as of diffusers.
+            "pretrained": "",
+            "tune": {  # what of it trains; see experiments/tuning.py
+                "method": "full",  # full | lora | textual_inversion
+                "variant": "",  # of the files to read, such as fp16
+                "prompt": "",  # the caption of every picture; '' = those of the folder's metadata.jsonl
+                "rank": 8,  # of lora
+                "alpha": 8.0,  # its scale is alpha / rank
+                "token": "<new>",  # of textual_inversion: the word, as captions and prompts have it,
+                "like": "photo",  # the word that its vectors begin as,
+                "vectors": 1,  # and how many there are
+                "class_path": "",  # DreamBooth: pictures of the class that are not to be forgotten; '' = none
+                "class_prompt": "",  # their caption
+                "prior_weight": 1.0,  # of their loss
+            },
             "net": {"name": "unet"},  # unet | dit | mlp | autoencoder, and the options of that class
             "autoencoder": {  # the loss of net autoencoder
                 "error": "l1",  # l1 | l2
