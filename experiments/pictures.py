@@ -1,13 +1,28 @@
-"""Samples as pictures: images in a grid, points of the plane as a scatter."""
+"""Samples as pictures: images in a grid, points of the plane as a scatter; and pictures from files."""
 
 import itertools
+import os
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from jaxdiff import data
+from jaxdiff.data import folders, image
+from jaxdiff.errors import DataError
 from jaxdiff.types import Array
+
+
+def read(path: str | os.PathLike, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The picture in a file, (1, h, w, 3) in [-1, 1], stretched to `size` (h, w) where given. Raises DataError."""
+    try:
+        with Image.open(path, formats=folders.FORMATS) as picture:
+            upright = folders.plain(picture)
+            if size is not None:
+                upright = upright.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    except image.UNREADABLE as error:
+        raise DataError(f"{path} cannot be read as a picture: {error!s:.300}") from error
+    return np.asarray(upright, np.float32)[None] / 127.5 - 1
 
 
 def sheet(x0: Array | np.ndarray, names: Sequence[str | int] = ()) -> Image.Image:

@@ -8,6 +8,8 @@ One program draws every picture: parameters, prompts, seeds, scale and times are
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ import numpy as np
 from experiments import cli, pictures, trained
 from jaxdiff import data, pipelines, sample, solver
 from jaxdiff.errors import ConfigError
-from jaxdiff.pretrained import inversion
+from jaxdiff.pretrained import controlnet, inversion, ip_adapter
 from jaxdiff.pretrained import pipelines as published
+from jaxdiff.pretrained import text as encoders
+from jaxdiff.text import clip
 from jaxdiff.types import Array
 
 SOLVERS = solver.ALL | {"unipc": solver.unipc, "deis": solver.deis}
@@ -35,13 +39,20 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--scale must be >= 0, got {args.scale}. 1 is no guidance.")
     if args.size and any(n < 8 or n % 8 for n in args.size):
         raise ConfigError(f"--size must be multiples of 8, got {args.size}.")
+    if len(args.controlnet) != len(args.control) or len(args.control_scale) not in (1, len(args.control)):
+        raise ConfigError(
+            f"give a --control picture for each --controlnet, and one --control_scale or as many; got "
+            f"{len(args.controlnet)}, {len(args.control)} and {len(args.control_scale)}."
+        )
+    if bool(args.ip_adapter) != bool(args.image):
+        raise ConfigError("--ip_adapter and --image go together. Type --ip_adapter FILE --image photo.png.")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw and write; returns the exit status."""
     pipe = published.load(args.pretrained, variant=args.variant, dtype=jnp.bfloat16 if args.half else None)
-    for path in args.inversion:
-        pipe = inversion.add(pipe, inversion.load(path))
+    size = tuple(args.size) if args.size else pipe.size
+    pipe, shown = adapt(pipe, args, size)
     per = args.seeds or list(range(args.seed, args.seed + (args.num or 1)))
     trained.check_seeds(per)
     prompts = [prompt for prompt in args.prompt for _ in per]
@@ -52,8 +63,8 @@ def run(args: argparse.Namespace) -> int:
     times = pipe.chain.times(steps, name)
     if args.grid:
         times = cli.call("--grid", args.grid, sample.GRIDS, schedule=pipe.model.schedule, num_steps=steps)
-    draw = program(pipe, used, tuple(args.size) if args.size else pipe.size)
-    x0 = in_batches(draw, pipe, prompts, args.negative, seeds, scale, times, args.batch or 1)
+    draw = program(pipe, used, size)
+    x0 = in_batches(draw, pipe, prompts, args.negative, seeds, scale, times, args.batch or 1, shown)
     info = {
         "prompts": json.dumps(prompts), "seeds": json.dumps(seeds), "negative": args.negative, "solver": name,
         "steps": steps, "scale": scale,
@@ -63,12 +74,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def adapt(
+    pipe: published.Pipeline, args: argparse.Namespace, size: tuple[int, int]
+) -> tuple[published.Pipeline, dict[str, Any]]:
+    """`pipe` with what the command line adds to it, and the pictures, of one row, that these are shown."""
+    shown: dict[str, Any] = {}
+    for path in args.inversion:
+        pipe = inversion.add(pipe, inversion.load(path))
+    for path in args.controlnet:
+        pipe = controlnet.add(pipe, path, variant=_variant(path, args.variant))
+    if args.control:
+        scale = np.broadcast_to(np.float32(args.control_scale), (1, len(args.control)))
+        shown["control"] = ([pictures.read(path, size) for path in args.control], scale)
+    if args.ip_adapter:
+        pipe = ip_adapter.add(pipe, args.ip_adapter)
+        folders = [Path(folder) / "image_encoder" for folder in (Path(args.ip_adapter).parent, args.pretrained)]
+        folder = next(filter(Path.is_dir, folders), folders[0])
+        net, weights = encoders.clip_vision(folder, variant=_variant(folder, args.variant))
+        features: Any = jax.jit(net.apply)(weights, clip.preprocess(jnp.asarray(pictures.read(args.image)), net.size))
+        shown["image"] = (features.pooled, jnp.full(1, args.ip_scale))
+    return pipe, shown
+
+
+def _variant(folder: str | Path, variant: str | None) -> str | None:
+    """`variant` where the folder has it: what is added is often published in one precision only."""
+    return variant if variant and any(Path(folder).glob(f"*.{variant}.*")) else None
+
+
 def program(pipe: published.Pipeline, used: solver.Solver, size: tuple[int, int]) -> Callable[..., Array]:
     """The jitted program from ids to pictures."""
 
     @jax.jit
-    def draw(params, keys, prompt, negative, scale, times):
+    def draw(params, keys, prompt, negative, scale, times, shown):
         cond, null = (pipe.encode(params, texts, size=size) for texts in (prompt, negative))
+        rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(keys), *x.shape[1:])), shown)
+        if "control" in rows:
+            cond, null = pipelines.with_control(cond, null, *rows["control"])
+        if "image" in rows:
+            cond, null = pipelines.with_image(cond, null, *rows["image"])
         settings = {"times": times, "solver": used, "scale": scale, "size": size}
         return pipelines.text_to_image(keys, pipe.model, params, cond, null, **settings)
 
@@ -84,6 +127,7 @@ def in_batches(
     scale: float,
     times: np.ndarray,
     batch: int,
+    shown: dict[str, Any],
 ) -> np.ndarray:
     """Pictures (n, h, w, 3), `batch` at a time; the last batch is filled up, so that one program makes all."""
     count, batch = len(prompts), min(batch, len(prompts))
@@ -94,5 +138,5 @@ def in_batches(
         rows = np.minimum(np.arange(start, start + batch), count - 1)
         keys = jax.vmap(jax.random.key)(jnp.asarray(np.asarray(seeds, np.uint32)[rows]))
         chosen = jax.tree.map(lambda x, rows=rows: x[rows], texts)
-        parts.append(np.asarray(draw(pipe.params, keys, *chosen, scale, times)))
+        parts.append(np.asarray(draw(pipe.params, keys, *chosen, scale, times, shown)))
     return np.concatenate(parts)[:count]

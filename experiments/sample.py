@@ -4,6 +4,8 @@ python -m experiments.sample --workdir=runs/emoji --prompt "red heart" --num 16 
 python -m experiments.sample --workdir=runs/emoji --prompt "cat" "dog" --num 4 --each pictures/
 python -m experiments.sample --workdir=runs/mnist --label 7 --num 16
 python -m experiments.sample --pretrained DIR --prompt "a red house" --solver unipc --steps 20 --scale 7.5 --out x.png
+python -m experiments.sample --pretrained DIR --controlnet DIR --control edges.png --prompt "a red house"
+python -m experiments.sample --pretrained DIR --ip_adapter FILE --image photo.png --ip_scale 0.6 --prompt "a red house"
 """
 
 import argparse
@@ -35,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--half", action="store_true", help="with --pretrained: compute in bfloat16")
     add("--size", nargs=2, type=int, help="with --pretrained: height and width (default: as it was trained)")
     add("--inversion", nargs="+", action="extend", default=[], help="with --pretrained: files of learned words to know")
+    add("--controlnet", nargs="+", action="extend", default=[], help="with --pretrained: folders of ControlNets")
+    add("--control", nargs="+", action="extend", default=[], help="a picture for each --controlnet")
+    add("--control_scale", nargs="+", type=float, default=[1.0], help="how strongly they control (default: 1)")
+    add("--ip_adapter", help="with --pretrained: the file of an IP-Adapter, its image_encoder/ beside it")
+    add("--image", help="the picture for --ip_adapter")
+    add("--ip_scale", type=float, default=1.0, help="how much of that picture is taken (default: 1)")
     add("--prompt", nargs="+", action="extend", default=[], help="what to draw; several prompts give a row each")
     add("--negative", default="", help="what not to draw: guidance goes away from it")
     add("--label", nargs="+", type=int, action="extend", default=[], help="classes to draw, for a model of classes")
@@ -131,6 +139,9 @@ def run(argv: Sequence[str]) -> int:
         pretrained.check(args)
         check_outputs(args)
         return pretrained.run(args)
+    for name in ("inversion", "controlnet", "ip_adapter"):
+        if getattr(args, name):
+            raise ConfigError(f"--{name} is for --pretrained, not for the model of a --workdir.")
     loaded = trained.load(Path(args.workdir), args.checkpoint)
     chosen = settings(args, loaded.config)
     per = args.seeds or list(range(args.seed, args.seed + (args.num or 16)))

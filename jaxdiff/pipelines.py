@@ -4,6 +4,7 @@
     image_to_image    x_t = alpha encode(image) + sigma noise           the same, from a time t < 1
     inpaint           9 channels: the network sees [x, mask, encode(image outside the mask)]
                       4 channels: D = mask D + (1 - mask) encode(image)    (replacement in x0)
+    with_control      the network is told a picture by ControlNets; with_image, a picture by an IP-Adapter
 
 `model` says what does not change, `params` is a dict of the parameters of "unet" and "vae"; `cond` and `null` are the
 arguments of the network by name (tokens, vector, sizes), (b, ...) each. Put the call into your own jax.jit with params,
@@ -12,7 +13,7 @@ Rombach et al. 2022 (section 3.3), Meng et al. 2022 (image to image), Lugmayr et
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,14 +25,16 @@ from jaxdiff.denoise import TimeInput, from_net, map_x0, time_t
 from jaxdiff.errors import ConfigError
 from jaxdiff.types import Array, Denoiser, Key, PyTree, Schedule, Solver, Target
 
-Conditions = dict[str, Array]
+Conditions = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentDiffusion:
     """A network, its autoencoder (modules), and the process it was trained on; hashable, and without parameters.
 
-    unet.apply(params["unet"], x, time, **cond); vae as `nets.AutoencoderKL`.
+    unet.apply(params["unet"], x, time, **cond), also where it is a transformer; vae as `nets.AutoencoderKL`.
+    learned_range: as in `denoise.from_net`. controls: ControlNets, whose parameters are params["control_0"], ...;
+    adapter: an IP-Adapter, of params["ip_adapter"]. `with_control` and `with_image` give them what they need.
     """
 
     unet: Any
@@ -39,6 +42,9 @@ class LatentDiffusion:
     schedule: Schedule
     target: Target
     time_input: TimeInput = time_t
+    learned_range: bool = False
+    controls: tuple[Any, ...] = ()
+    adapter: Any = None
 
 
 def text_to_image(
@@ -156,19 +162,64 @@ def generate(
 
 
 def denoiser(model: LatentDiffusion, params: PyTree) -> Callable[[Array, Array, Conditions], Array]:
-    """`denoise(x, t, cond) -> x0`. cond["extra"], where there is one, is joined to the channels of x."""
+    """`denoise(x, t, cond) -> x0`, cond as `network` takes it."""
 
     def denoise(x: Array, t: Array, cond: Conditions) -> Array:
-        inputs = dict(cond)
-        extra = inputs.pop("extra", None)
-
         def net(x: Array, time: Array) -> Array:
-            x = x if extra is None else jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
-            return model.unet.apply(params["unet"], x, time, **inputs)
+            return network(model, params)(x, time, **cond)
 
-        return from_net(net, schedule=model.schedule, target=model.target, time_input=model.time_input)(x, t)
+        settings = {"time_input": model.time_input, "learned_range": model.learned_range}
+        return from_net(net, schedule=model.schedule, target=model.target, **settings)(x, t)
 
     return denoise
+
+
+def network(model: LatentDiffusion, params: PyTree) -> Callable[..., Array]:
+    """`net(x, time, **cond)`: the network, with what its ControlNets and its IP-Adapter add to it.
+
+    cond: "extra", where there is one, is joined to the channels of x; "control", "control_scale", "image" and
+    "image_scale" are those of `with_control` and `with_image`; the rest goes to the network, and to the ControlNets.
+    """
+
+    def net(x: Array, time: Array, **cond: Any) -> Array:
+        extra, control, image = (cond.pop(name, None) for name in ("extra", "control", "image"))
+        scales, scale = (cond.pop(name, None) for name in ("control_scale", "image_scale"))
+        if len(control or ()) != len(model.controls) or (image is None) != (model.adapter is None):
+            raise ConfigError(f"give {len(model.controls)} pictures by with_control, and with_image for an IP-Adapter.")
+        added = {}
+        if control:
+            each = [
+                part.apply(params[f"control_{i}"], x, time, control[i], scales[:, i], **cond)
+                for i, part in enumerate(model.controls)
+            ]
+            added["residuals"] = jax.tree.map(lambda *several: sum(several[1:], several[0]), *each)
+        if model.adapter is not None:
+            added["images"] = model.adapter.apply(params["ip_adapter"], image, scale)
+        x = x if extra is None else jnp.concatenate([x, extra.astype(x.dtype)], axis=-1)
+        return model.unet.apply(params["unet"], x, time, **cond, **added)
+
+    return net
+
+
+def with_control(
+    cond: Conditions, null: Conditions, pictures: Sequence[Array], scale: Any = 1.0
+) -> tuple[Conditions, Conditions]:
+    """`cond` and `null` with a picture (b, h, w, c) in [-1, 1] for each ControlNet of the model.
+
+    scale: how strongly they control, 0 not at all: one number, one for each (n,), or (b, n).
+    """
+    shape = (pictures[0].shape[0], len(pictures))
+    told = {"control": tuple(pictures), "control_scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), shape)}
+    return cond | told, null | told
+
+
+def with_image(cond: Conditions, null: Conditions, image: Array, scale: Any = 1.0) -> tuple[Conditions, Conditions]:
+    """`cond` and `null` with CLIP's embedding (b, d) of a picture, for the IP-Adapter of the model; `null` with none.
+
+    scale: how much of the picture is taken, a number or (b,).
+    """
+    strength = {"image_scale": jnp.broadcast_to(jnp.asarray(scale, jnp.float32), image.shape[:1])}
+    return cond | strength | {"image": image}, null | strength | {"image": jnp.zeros_like(image)}
 
 
 def encode(model: LatentDiffusion, params: PyTree, image: Array, *, tile: int | None = None) -> Array:

@@ -113,7 +113,16 @@ def open_folder(path: str | os.PathLike, size: int, *, channels: int = 3) -> Ima
 
 
 def fit(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
-    """A picture of any kind -> uint8 (size, size, channels): upright, on white, centre-cropped, scaled (Lanczos).
+    """A picture of any kind -> uint8 (size, size, channels): `plain`, centre-cropped, scaled (Lanczos)."""
+    picture = plain(picture, channels)
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(square).reshape(size, size, channels)
+
+
+def plain(picture: Image.Image, channels: int = 3) -> Image.Image:
+    """A picture of any kind in colours, or for one channel in grey: upright, on white, of 8 bits.
 
     Raises DataError for one of more than MAX_PIXELS, or of 32-bit pixels.
     """
@@ -127,11 +136,7 @@ def fit(picture: Image.Image, size: int, channels: int = 3) -> np.ndarray:
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB" if channels == 3 else "L")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(square).reshape(size, size, channels)
+    return picture.convert("RGB" if channels == 3 else "L")
 
 
 def _read(path: Path, size: int, channels: int) -> np.ndarray:

@@ -4,12 +4,14 @@
     self         y = x + W softmax(q k^T / sqrt(d)) v  of  norm(x)
     cross        h = proj_in(norm(x));  y = x + proj_out(blocks(h, tokens))
     block        h = h + attn1(LN h);  h = h + attn2(LN h, tokens);  h = h + W2 (a gelu(g)),  (a, g) = W1 LN h
+    attn2        W (softmax(q k^T / sqrt(d)) v + softmax(q k'^T / sqrt(d)) v')      k', v' of a picture, where given
 
 A sub-module `resnets_0` is the published `resnets.0`. Rombach et al. 2022 (appendix E.2.1), Shazeer 2020 for GEGLU.
 """
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -50,6 +52,16 @@ class Attends:
     depth: int = 1
 
 
+class Context(NamedTuple):
+    """What cross-attention looks at: tokens (b, m, d), and keys and values (b, n, c) of pictures, by block.
+
+    A block is named by the end of its path: "down_blocks_0/attentions_1/transformer_blocks_0".
+    """
+
+    tokens: Array
+    images: Mapping[str, tuple[Array, Array]]
+
+
 class Residual(nn.Module):
     """x (b, h, w, c) and perhaps an embedding (b, d), already through its SiLU -> (b, h, w, features)."""
 
@@ -75,14 +87,31 @@ class Residual(nn.Module):
         return x + h
 
 
-def attend(x: Array, context: Array, heads: int, *, bias: bool, end_init: Initializer = XAVIER) -> Array:
-    """Attention of x (b, n, c) to context (b, m, d), its layers in the module that calls this."""
+def attend(
+    x: Array,
+    context: Array,
+    heads: int,
+    *,
+    bias: bool,
+    end_init: Initializer = XAVIER,
+    more: tuple[Array, Array] | None = None,
+) -> Array:
+    """Attention of x (b, n, c) to context (b, m, d), its layers in the module that calls this.
+
+    more: keys and values (b, k, c) that x attends to as well, by a softmax of their own.
+    """
     channels = x.shape[-1]
     q = dense(x, channels, "to_q", XAVIER, bias=bias)
     k = dense(context, channels, "to_k", XAVIER, bias=bias)
     v = dense(context, channels, "to_v", XAVIER, bias=bias)
-    q, k, v = (a.reshape(*a.shape[:2], heads, channels // heads) for a in (q, k, v))
-    return dense(jax.nn.dot_product_attention(q, k, v).reshape(x.shape), channels, "to_out_0", end_init)
+
+    def split(a: Array) -> Array:
+        return a.reshape(*a.shape[:2], heads, channels // heads)
+
+    y = jax.nn.dot_product_attention(split(q), split(k), split(v))
+    if more is not None:
+        y = y + jax.nn.dot_product_attention(split(q), *(split(a.astype(q.dtype)) for a in more))
+    return dense(y.reshape(x.shape), channels, "to_out_0", end_init)
 
 
 class SelfAttention(nn.Module):
@@ -103,8 +132,8 @@ class Attention(nn.Module):
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, context: Array) -> Array:
-        return attend(x, context, self.heads, bias=False)
+    def __call__(self, x: Array, context: Array, more: tuple[Array, Array] | None = None) -> Array:
+        return attend(x, context, self.heads, bias=False, more=more)
 
 
 class Gated(nn.Module):
@@ -127,33 +156,34 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to tokens (b, m, d), feed-forward; each with its norm and its residual."""
+    """Self-attention, attention to the context, feed-forward; each with its norm and its residual."""
 
     heads: int
 
     @nn.compact
-    def __call__(self, x: Array, tokens: Array) -> Array:
+    def __call__(self, x: Array, context: Context) -> Array:
         h = LayerNorm(eps=LAYER_EPS, name="norm1")(x)
         x = x + Attention(self.heads, name="attn1")(h, h)
-        x = x + Attention(self.heads, name="attn2")(LayerNorm(eps=LAYER_EPS, name="norm2")(x), tokens)
+        h = LayerNorm(eps=LAYER_EPS, name="norm2")(x)
+        x = x + Attention(self.heads, name="attn2")(h, context.tokens, context.images.get("/".join(self.path[-3:])))
         return x + FeedForward(name="ff")(LayerNorm(eps=LAYER_EPS, name="norm3")(x))
 
 
 class Transformer(nn.Module):
-    """The transformer blocks of one place of a U-Net: map (b, h, w, c) and tokens (b, m, d) -> (b, h, w, c)."""
+    """The transformer blocks of one place of a U-Net: map (b, h, w, c) and its context -> (b, h, w, c)."""
 
     heads: int
     depth: int
     style: Style
 
     @nn.compact
-    def __call__(self, x: Array, tokens: Array) -> Array:
+    def __call__(self, x: Array, context: Context) -> Array:
         b, height, width, channels = x.shape
         h = GroupNorm(self.style.groups, TRANSFORMER_EPS, name="norm")(x)
         h = self._project(h, "proj_in", XAVIER).reshape(b, -1, channels)
         block = remat(TransformerBlock, self.style.remat, ())
         for i in range(self.depth):
-            h = block(self.heads, name=f"transformer_blocks_{i}")(h, tokens)
+            h = block(self.heads, name=f"transformer_blocks_{i}")(h, context)
         return x + self._project(h.reshape(b, height, width, channels), "proj_out", ZEROS)
 
     def _project(self, x: Array, name: str, init: Initializer) -> Array:
@@ -174,7 +204,7 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, embedding: Array | None, tokens: Array | None, skips: tuple[Array, ...], size: Any = None
+        self, x: Array, embedding: Array | None, context: Context | None, skips: tuple[Array, ...], size: Any = None
     ) -> tuple[Array, tuple[Array, ...]]:
         """The map, and every map on the way; `skips` are joined to it, the last first; `size` is that of an "up"."""
         made = []
@@ -183,7 +213,7 @@ class Stack(nn.Module):
             if skips:
                 x, skips = jnp.concatenate([x, skips[-1]], axis=-1), skips[:-1]
             x = residual(self.features, self.style, name=f"resnets_{i}")(x, embedding)
-            x = self._attend(x, tokens, f"attentions_{i}")
+            x = self._attend(x, context, f"attentions_{i}")
             made.append(x)
         if self.middle:
             x = residual(self.features, self.style, name=f"resnets_{self.num_blocks}")(x, embedding)
@@ -192,12 +222,12 @@ class Stack(nn.Module):
             made.append(x)
         return x, tuple(made)
 
-    def _attend(self, x: Array, tokens: Any, name: str) -> Array:
+    def _attend(self, x: Array, context: Any, name: str) -> Array:
         if self.attends.kind == "none":
             return x
         if self.attends.kind == "self":
             return SelfAttention(self.attends.heads, self.style, name=name)(x)
-        return Transformer(self.attends.heads, self.attends.depth, self.style, name=name)(x, tokens)
+        return Transformer(self.attends.heads, self.attends.depth, self.style, name=name)(x, context)
 
 
 class Resample(nn.Module):

@@ -2,13 +2,15 @@
 
     e = W2 silu(W1 sinusoid(time)) + class + U2 silu(U1 [vector, sinusoid(sizes)])
     x -> conv_in -> [blocks, down] per level -> middle -> [blocks with skips, up] per level -> norm, silu, conv_out -> y
+    skips <- skips + r,  middle <- middle + r'                                     (r, r') of ControlNets, where given
 
 A sub-module `down_blocks_0/resnets_0` is the published `down_blocks.0.resnets.0`: one renaming imports and exports it.
 `UNet` is the network to train from scratch; it has other attention, other conditioning and any size. Rombach et al.
 2022 (appendix E.2.1); Podell et al. 2023 (SDXL, section 2.2: `vector` and `sizes`); Ho et al. 2020 (appendix B).
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,11 +20,18 @@ from jaxdiff.errors import ConfigError
 from jaxdiff.nets.conditioning import check_positive, check_remat, compute_dtype, dense, sinusoid
 from jaxdiff.nets.init import XAVIER, normal
 from jaxdiff.nets.layers import ZEROS, Conv, GroupNorm
-from jaxdiff.nets.ldm import AFTER, CENTRED, Attends, Stack, Style
+from jaxdiff.nets.ldm import AFTER, CENTRED, Attends, Context, Stack, Style
 from jaxdiff.types import Array
 
 Attention = Literal["none", "self", "cross"]
 NUM_SIZES = 6
+
+
+class Residuals(NamedTuple):
+    """What `ControlNet` gives: for each map that skips to the way up, in order, and for the middle."""
+
+    skips: tuple[Array, ...]
+    middle: Array
 
 
 class SDUNet(nn.Module):
@@ -71,12 +80,19 @@ class SDUNet(nn.Module):
         vector: Array | None = None,
         sizes: Array | None = None,
         labels: Array | None = None,
+        residuals: Residuals | None = None,
+        images: Mapping[str, tuple[Array, Array]] | None = None,
     ) -> Array:
+        """`residuals`: those of `ControlNet`, added up. `images`: of `IPAdapter`, keys and values by block."""
         self._check_inputs(x, time, tokens=tokens, vector=vector, sizes=sizes, labels=labels)
+        if images is not None and set(images) != set(places(self)):
+            raise ConfigError(f"images must be of the blocks {list(places(self))}, got {list(images)}.")
         dtype = compute_dtype(x, self.dtype)
         embedding = jax.nn.silu(self._embedding(time, vector, sizes, labels))
-        tokens = None if tokens is None else tokens.astype(dtype)
-        h = self._body(Conv(self.channels[0], name="conv_in")(x.astype(dtype)), embedding, tokens)
+        context = None if tokens is None else Context(tokens.astype(dtype), images or {})
+        h, skips = self._way_down(Conv(self.channels[0], name="conv_in")(x.astype(dtype)), embedding, context)
+        h, skips = _add(h, skips, residuals)
+        h = self._way_up(h, skips, embedding, context)
         h = GroupNorm(self.groups, self.eps, silu=True, name="conv_norm_out")(h)
         return Conv(self.out_channels, init=ZEROS, name="conv_out")(h.astype(compute_dtype(x, None))).astype(x.dtype)
 
@@ -100,20 +116,24 @@ class SDUNet(nn.Module):
         waves = sinusoid(number, features, endpoint=self.time_endpoint)
         return waves if self.sines_first else jnp.roll(waves, features // 2, axis=-1)
 
-    def _body(self, h: Array, embedding: Array, tokens: Array | None) -> Array:
+    def _way_down(self, h: Array, embedding: Array, context: Context | None) -> tuple[Array, tuple[Array, ...]]:
+        """The middle, and every map on the way to it."""
         last = len(self.channels) - 1
         skips = (h,)
         for i in range(last + 1):
             h, made = self._level(f"down_blocks_{i}", i, self.num_blocks, "down" if i < last else "none")(
-                h, embedding, tokens, ()
+                h, embedding, context, ()
             )
             skips += made
         middle = self._level("mid_block", last, 1, "none", middle=True)
-        h, _ = middle(h, embedding, tokens, ())
+        return middle(h, embedding, context, ())[0], skips
+
+    def _way_up(self, h: Array, skips: tuple[Array, ...], embedding: Array, context: Context | None) -> Array:
+        last = len(self.channels) - 1
         for i in range(last + 1):
             used, skips = skips[-self.num_blocks - 1 :], skips[: -self.num_blocks - 1]
             level = self._level(f"up_blocks_{i}", last - i, self.num_blocks + 1, "up" if i < last else "none")
-            h, _ = level(h, embedding, tokens, used, skips[-1].shape[1:3] if skips else None)
+            h, _ = level(h, embedding, context, used, skips[-1].shape[1:3] if skips else None)
         return h
 
     def _level(
@@ -155,6 +175,31 @@ class TwoLayers(nn.Module):
     def __call__(self, x: Array) -> Array:
         h = jax.nn.silu(dense(x, self.features, "linear_1", XAVIER))
         return dense(h, self.features, "linear_2", XAVIER)
+
+
+def places(net: SDUNet) -> dict[str, int]:
+    """Every block that attends to tokens, as `ldm.Context` names it, and its width; in the published order."""
+    last = len(net.channels) - 1
+    levels = [(f"down_blocks_{i}", i, net.num_blocks, net.attention[i]) for i in range(last + 1)]
+    levels += [(f"up_blocks_{i}", last - i, net.num_blocks + 1, net.attention[last - i]) for i in range(last + 1)]
+    levels += [("mid_block", last, 1, net.mid_attention)]
+    return {
+        f"{name}/attentions_{j}/transformer_blocks_{k}": net.channels[level]
+        for name, level, count, kind in levels
+        if kind == "cross"
+        for j in range(count)
+        for k in range(net.depth[level])
+    }
+
+
+def _add(h: Array, skips: tuple[Array, ...], residuals: Residuals | None) -> tuple[Array, tuple[Array, ...]]:
+    if residuals is None:
+        return h, skips
+    got, wanted = ([tuple(a.shape) for a in (*maps, middle)] for maps, middle in (residuals, (skips, h)))
+    if got != wanted:
+        raise ConfigError(f"residuals must have the shapes {wanted}, got {got}. They are of another network.")
+    added = tuple(skip + more.astype(skip.dtype) for skip, more in zip(skips, residuals.skips, strict=True))
+    return h + residuals.middle.astype(h.dtype), added
 
 
 def _check_settings(net: SDUNet) -> None:

@@ -3,12 +3,28 @@
 pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL: see `jaxdiff.pipelines`
 """
 
-from jaxdiff.pretrained import ddpm, files, inversion, keys, lora, pipelines, schedulers, single_file, text, unet, vae
+from jaxdiff.pretrained import (
+    controlnet,
+    ddpm,
+    files,
+    inversion,
+    ip_adapter,
+    keys,
+    lora,
+    pipelines,
+    schedulers,
+    single_file,
+    text,
+    unet,
+    vae,
+)
 
 __all__ = [
+    "controlnet",
     "ddpm",
     "files",
     "inversion",
+    "ip_adapter",
     "keys",
     "lora",
     "pipelines",

@@ -23,6 +23,7 @@ from jaxdiff.atomic import replacing
 from jaxdiff.errors import CheckpointError, ConfigError
 from jaxdiff.pretrained import files
 from jaxdiff.pretrained.pipelines import Pipeline
+from jaxdiff.text.clip import CLIPText
 from jaxdiff.types import Array, PyTree
 
 NAMES = ("learned_embeds.safetensors", "learned_embeds_2.safetensors")
@@ -59,9 +60,11 @@ def load(source: str | os.PathLike, token: str | None = None) -> Inversion:
 
 
 def init(pipe: Pipeline, token: str, like: str, *, count: int = 1) -> Inversion:
-    """An inversion to train, which begins as the word `like`: its first piece, `count` times, in every text encoder."""
+    """An inversion to train, which begins as the word `like`: its first piece, `count` times, for every CLIP."""
     vectors = {}
     for i, tokenizer in enumerate(pipe.tokenizers):
+        if not isinstance(pipe.text[i], CLIPText):
+            continue
         pieces = tokenizer.pieces([like])[0]
         if not pieces:
             raise ConfigError(f"like must be a word to begin from, got {like!r}.")
@@ -78,15 +81,16 @@ def add(pipe: Pipeline, inversion: Inversion) -> Pipeline:
     text, tokenizers, params = list(pipe.text), list(pipe.tokenizers), dict(pipe.params)
     for part, rows in inversion.vectors.items():
         i = _number(part)
-        if i >= len(text) or rows.shape[1] != text[i].width:
-            widths = ", ".join(str(encoder.width) for encoder in text)
+        encoder = text[i] if i < len(text) else None
+        if not isinstance(encoder, CLIPText) or rows.shape[1] != encoder.width:
+            widths = ", ".join(str(net.width) for net in text if isinstance(net, CLIPText))
             raise ConfigError(f"{inversion.token!r} has vectors {rows.shape} for {part}; the widths here are {widths}.")
         tokenizers[i] = tokenizers[i].extended(inversion.token, len(rows))
         first, eos = tokenizers[i].ids(inversion.token)[0], tokenizers[i].eos
         table = _table(params, part)
         if len(table) < first:
             raise ConfigError(f"{part} has {len(table)} embeddings and its tokenizer {first} ids: not of one model.")
-        text[i] = text[i].clone(vocab_size=first + len(rows), eos=eos if text[i].eos == 2 else text[i].eos)
+        text[i] = encoder.clone(vocab_size=first + len(rows), eos=eos if encoder.eos == 2 else encoder.eos)
         params[part] = _with_table(params[part], jnp.concatenate([table[:first], rows.astype(table.dtype)]))
     return dataclasses.replace(pipe, text=tuple(text), tokenizers=tuple(tokenizers), params=params)
 

@@ -5,6 +5,7 @@
     cond_stage_model.transformer.text_model...       text_encoder of SD 1 (transformers' layout)
     cond_stage_model.model...                        text_encoder of SD 2 (OpenCLIP's)
     conditioner.embedders.0.transformer, .1.model    text_encoder and text_encoder_2 of SDXL
+    control_model.zero_convs.0.0, input_hint_block   a ControlNet, in a file of its own, perhaps without that prefix
 
 The input blocks of the original are counted through all levels; output blocks likewise, each up-sampling in the last.
 """
@@ -13,11 +14,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxdiff.errors import CheckpointError
+from jaxdiff.nets.controlnet import ControlNet
 from jaxdiff.nets.sd_unet import SDUNet
 from jaxdiff.nets.vae import AutoencoderKL
 from jaxdiff.pretrained import keys
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET, VAE, CONTROL = "model.diffusion_model.", "first_stage_model.", "control_model."
 TEXT = (
     ("cond_stage_model.transformer.", "cond_stage_model.model."),
     ("conditioner.embedders.0.transformer.", "conditioner.embedders.0.model."),
@@ -41,6 +43,11 @@ def part(tensors: Mapping[str, Any], prefixes: Iterable[str]) -> dict[str, Any]:
 def unet(tensors: Mapping[str, Any], net: SDUNet) -> dict[str, Any]:
     """The tensors of the U-Net by their names in diffusers; what has no other name keeps its own."""
     return _renamed(part(tensors, [UNET]), _invert(unet_places(net)), _RESIDUAL | {"conv": "op"})
+
+
+def controlnet(tensors: Mapping[str, Any], net: ControlNet) -> dict[str, Any]:
+    """The tensors of a ControlNet, as `unet`."""
+    return _renamed(part(tensors, [CONTROL, ""]), _invert(control_places(net)), _RESIDUAL | {"conv": "op"})
 
 
 def vae(tensors: Mapping[str, Any], net: AutoencoderKL) -> dict[str, Any]:
@@ -96,6 +103,17 @@ def unet_places(net: SDUNet) -> dict[str, str]:
         if j == blocks:
             places[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{n}.{1 + attends}"
     return places
+
+
+def control_places(net: ControlNet) -> dict[str, str]:
+    """Modules of diffusers -> modules of the original ControlNet: the first half of a U-Net, and its own."""
+    places = {name: place for name, place in unet_places(net).items() if not place.startswith("out")}
+    maps = len(net.channels) * (net.num_blocks + 1)
+    places |= {f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(maps)}
+    hint, count = "controlnet_cond_embedding", 2 * (len(net.picture_widths) - 1)
+    places |= {f"{hint}.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(count)}
+    places |= {f"{hint}.conv_in": "input_hint_block.0", f"{hint}.conv_out": f"input_hint_block.{2 * count + 2}"}
+    return places | {"controlnet_mid_block": "middle_block_out.0"}
 
 
 def vae_places(net: AutoencoderKL) -> dict[str, str]:

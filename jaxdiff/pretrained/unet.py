@@ -60,6 +60,13 @@ def export(folder: str | os.PathLike, net: SDUNet, params: PyTree, *, dtype: Any
 def network(config: Mapping[str, Any], *, dtype: Any = None) -> SDUNet:
     """The network that a config.json describes. Raises CheckpointError for what it asks and is not known here."""
     read = Settings(config, IGNORED)
+    net = SDUNet(**conditional(read), dtype=dtype)
+    read.finish()
+    return net
+
+
+def conditional(read: Settings) -> dict[str, Any]:
+    """The settings of a UNet2DConditionModel, which a ControlNetModel has too."""
     common = shared(read)
     count = len(common["channels"])
     head = {"attention": _levels(read, count), "heads": read.integers("attention_head_dim", 8, count=count)}
@@ -68,15 +75,13 @@ def network(config: Mapping[str, Any], *, dtype: Any = None) -> SDUNet:
     added = read.one_of("addition_embed_type", "none", ["none", "text_time"]) == "text_time"
     size_features = read.integer("addition_time_embed_dim", 256 if added else None)
     joined = read.integer("projection_class_embeddings_input_dim", None, most=2**20)
-    net = SDUNet(
-        **common, **head, mid_attention="cross", token_dim=read.integer("cross_attention_dim", 1280),
-        linear_projection=read.flag("use_linear_projection", False),
-        down_padding=read.integer("downsample_padding", 1, least=0, most=1),
-        vector_dim=joined - NUM_SIZES * size_features if added and joined else None,
-        size_features=size_features or 256, dtype=dtype,
-    )  # fmt: skip
-    read.finish()
-    return net
+    return common | head | {
+        "mid_attention": "cross", "token_dim": read.integer("cross_attention_dim", 1280),
+        "linear_projection": read.flag("use_linear_projection", False),
+        "down_padding": read.integer("downsample_padding", 1, least=0, most=1),
+        "vector_dim": joined - NUM_SIZES * size_features if added and joined else None,
+        "size_features": size_features or 256,
+    }  # fmt: skip
 
 
 def sample_size(config: Mapping[str, Any]) -> int:
