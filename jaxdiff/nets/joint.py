@@ -222,7 +222,7 @@ def check_told(x: Array, **told: tuple[Array | None, tuple[int | None, ...]]) ->
     """Raise ConfigError unless each named array has its shape after the batch; None is any length."""
     for name, (value, shape) in told.items():
         given: tuple[int, ...] = () if value is None else tuple(value.shape)
-        fits = len(given) == len(shape) + 1 and given[0] == x.shape[0]
-        if not fits or any(n not in (None, m) for n, m in zip(shape, given[1:], strict=True)):
-            wanted = ", ".join("L" if n is None else str(n) for n in (x.shape[0], *shape))
-            raise ConfigError(f"{name} must have shape ({wanted}), got {given or None}.")
+        wanted = (x.shape[0], *shape)
+        if len(given) != len(wanted) or any(n not in (None, m) for n, m in zip(wanted, given, strict=True)):
+            sizes = ", ".join("L" if n is None else str(n) for n in wanted)
+            raise ConfigError(f"{name} must have shape ({sizes}), got {given or None}.")

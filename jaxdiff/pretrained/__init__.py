@@ -1,6 +1,6 @@
 """Other people's weights: read from safetensors, checked key by key, and written back for their libraries.
 
-pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL: see `jaxdiff.pipelines`
+pipe = pretrained.pipelines.load(folder)        Stable Diffusion 1, 2, XL, 3, FLUX, DiT: see `jaxdiff.pipelines`
 """
 
 from jaxdiff.pretrained import (
@@ -15,6 +15,7 @@ from jaxdiff.pretrained import (
     schedulers,
     single_file,
     text,
+    transformer,
     unet,
     vae,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "schedulers",
     "single_file",
     "text",
+    "transformer",
     "unet",
     "vae",
 ]

@@ -1,14 +1,12 @@
-"""Whole Stable Diffusions: a folder as diffusers writes it, or an original single file, ready for `jaxdiff.pipelines`.
+"""Whole pipelines: a folder as diffusers writes it, or an original single file, ready for `jaxdiff.pipelines`.
 
-    pipe = pretrained.pipelines.load("stable-diffusion-v1-5")
+    pipe = pretrained.pipelines.load("stable-diffusion-v1-5")               and 2, XL, 3, 3.5, FLUX.1; DiT
     prompt, negative = pipe.tokenize(["a cat"], [""])                       host: ids
-    cond = pipe.encode(pipe.params, prompt)                                 inside your jit: tokens, vector, sizes
+    cond = pipe.encode(pipe.params, prompt)                                 inside your jit: tokens, vector, sizes ...
+    times = pipe.times(20)
 
-    SD 1, SD 2    tokens of the text encoder
-    SDXL          [tokens of encoder 1, of encoder 2], both before the last layer; vector: pooled text of encoder 2;
-                  sizes: (height, width, 0, 0, height, width)
-
-Read are unet/, vae/, text_encoder/ (and _2), tokenizer/ (and _2), scheduler/ and model_index.json.
+What a network is told of texts is in `families`. Read are unet/ or transformer/, vae/, text_encoder/, tokenizer/ (each
+also _2 and _3), scheduler/ and model_index.json; of the original single files, those of Stable Diffusion 1, 2 and XL.
 """
 
 import dataclasses
@@ -23,23 +21,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.errors import CheckpointError, ConfigError
+from jaxdiff.nets.sd_unet import SDUNet
 from jaxdiff.nets.vae import AutoencoderKL
 from jaxdiff.pipelines import LatentDiffusion
-from jaxdiff.pretrained import files, schedulers, single_file, unet, vae
+from jaxdiff.pretrained import families, files, schedulers, single_file, transformer, unet, vae
 from jaxdiff.pretrained import text as encoders
+from jaxdiff.pretrained.families import CLASSES, Family
 from jaxdiff.text.clip import CLIPText
 from jaxdiff.text.encoder import TextFeatures
 from jaxdiff.text.prompts import Chunks, chunk
 from jaxdiff.text.prompts import encode as encode_chunks
 from jaxdiff.text.published import PublishedTokenizer, open_tokenizer
+from jaxdiff.text.t5 import T5Encoder
 from jaxdiff.types import Array, PyTree
 
 INDEX = "model_index.json"
-CLASSES = {
-    "StableDiffusionPipeline": 1, "StableDiffusionImg2ImgPipeline": 1, "StableDiffusionInpaintPipeline": 1,
-    "StableDiffusionXLPipeline": 2, "StableDiffusionXLImg2ImgPipeline": 2, "StableDiffusionXLInpaintPipeline": 2,
-}  # fmt: skip
-"""The pipelines of diffusers that are read, and how many text encoders they have."""
+PATCH = 2
+"""Height and width of the latents that are one token of every published transformer."""
 
 
 class Prompts(NamedTuple):
@@ -51,30 +49,43 @@ class Prompts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """A model, its text encoders, tokenizers and chain. `params` has "unet", "vae", "text_0" and perhaps "text_1".
+    """A model, its text encoders, tokenizers and chain. `params` has "unet" (any network), "vae", "text_0", ...
 
     size: height and width of the pictures that it was trained on. empty_is_zero: XL's, whose empty text is zeros.
     """
 
+    family: Family
     model: LatentDiffusion
-    text: tuple[CLIPText, ...]
+    text: tuple[CLIPText | T5Encoder, ...]
     tokenizers: tuple[PublishedTokenizer, ...]
     chain: schedulers.Chain
     params: PyTree
     size: tuple[int, int]
     empty_is_zero: bool
 
+    def times(self, num_steps: int, solver: str | None = None, *, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The grid of the chain for pictures of `size` (default: as trained), which FLUX's times depend on."""
+        h, w = size or self.size
+        tokens = h * w // (PATCH * self.model.vae.factor) ** 2
+        return self.chain.times(num_steps, solver or self.chain.solver, tokens)
+
     def tokenize(self, prompts: Sequence[str], negatives: Sequence[str]) -> tuple[Prompts, Prompts]:
         """Prompts and negative prompts, as many of each, cut into chunks of one number: `text.prompts` has the syntax.
 
-        Raises ConfigError for bare strings, or numbers that differ.
+        Raises ConfigError for bare strings, numbers that differ, or a pipeline that draws classes.
         """
+        if not self.text:
+            raise ConfigError('this pipeline draws classes, not texts: give {"labels": ...} in place of encoded texts.')
         if isinstance(negatives, str) or len(prompts) != len(negatives):
             raise ConfigError(f"give a negative prompt for each prompt, got {negatives!r:.60}. Use [''] * n for none.")
         n = len(prompts)
         both = [chunk(tokenizer, [*prompts, *negatives]) for tokenizer in self.tokenizers]
-        count = max(part.ids.shape[1] for part in both)
-        both = [chunk(tokenizer, [*prompts, *negatives], chunks=count) for tokenizer in self.tokenizers]
+        clips = [isinstance(encoder, CLIPText) for encoder in self.text]  # laid side by side, so of one number
+        count = max(part.ids.shape[1] for part, clip in zip(both, clips, strict=True) if clip)
+        both = [
+            chunk(tokenizer, [*prompts, *negatives], chunks=count if clip else None)
+            for tokenizer, clip in zip(self.tokenizers, clips, strict=True)
+        ]
         zero = np.asarray([self.empty_is_zero and text == "" for text in negatives])
         present = np.concatenate([np.ones(n, np.float32), 1 - zero.astype(np.float32)])
         halves = (slice(None, n), slice(n, None))
@@ -85,30 +96,32 @@ class Pipeline:
         return first, second
 
     def encode(
-        self, params: PyTree, prompts: Prompts, *, size: tuple[int, int] | None = None, skip: int = 0
+        self,
+        params: PyTree,
+        prompts: Prompts,
+        *,
+        size: tuple[int, int] | None = None,
+        skip: int = 0,
+        guidance: Any = 3.5,
     ) -> dict[str, Array]:
         """What the network is told of the texts. Works inside jit: prompts are arrays.
 
         size: that of the pictures, which XL is told (default: as trained). skip: leave out so many more of the last
-        layers of the text encoders (clip skip).
+        layers of CLIP (clip skip). guidance: a number or (b,), which FLUX dev is told in place of being guided.
         """
-        xl = len(self.text) > 1
 
         def features(i: int) -> TextFeatures:
             def apply(ids: Array) -> Any:
-                return self.text[i].apply(params[f"text_{i}"], ids, skip=skip + xl, final_norm=not xl)
+                net, inner = self.text[i], self.family.inner
+                settings = {"skip": skip + inner, "final_norm": not inner} if isinstance(net, CLIPText) else {}
+                return net.apply(params[f"text_{i}"], ids, **settings)
 
             return encode_chunks(apply, prompts.chunks[i])
 
-        present = jnp.asarray(prompts.present)
+        present = jnp.asarray(prompts.present)[:, None]
         parts = [features(i) for i in range(len(self.text))]
-        tokens = jnp.concatenate([part.tokens for part in parts], axis=-1) * present[:, None, None]
-        if not xl:
-            return {"tokens": tokens}
-        h, w = size or self.size
-        sizes = jnp.asarray([[h, w, 0, 0, h, w]], jnp.float32)
-        sizes = jnp.broadcast_to(sizes, (tokens.shape[0], sizes.shape[1]))
-        return {"tokens": tokens, "vector": parts[-1].pooled * present[:, None], "sizes": sizes}
+        parts = [TextFeatures(p.tokens * present[:, None], p.mask, p.pooled * present) for p in parts]
+        return self.family.told(parts, self.model.unet, size or self.size, guidance)
 
 
 def load(
@@ -119,9 +132,9 @@ def load(
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
 ) -> Pipeline:
-    """A Stable Diffusion 1, 2 or XL from its folder, or from an original single file and the folder of its `configs`.
+    """A pipeline from its folder, or from an original single file and the folder of its `configs`.
 
-    variant: "fp16" reads such files. dtype: that of the computation, of U-Net and autoencoder; param_dtype: that in
+    variant: "fp16" reads such files. dtype: that of the computation, of network and autoencoder; param_dtype: that in
     which their parameters are kept. Raises CheckpointError, UnsafeFileError or DataError, naming the file.
     """
     path = Path(path).expanduser()
@@ -129,25 +142,32 @@ def load(
     if not path.is_dir() and configs is None:
         raise ConfigError(f"{path} is one file (or nothing): give configs=, the folder with its JSON and tokenizer.")
     index = files.config(folder, INDEX)
-    kind = index.get("_class_name")
-    if not isinstance(kind, str) or kind not in CLASSES:
-        raise CheckpointError(f"{folder / INDEX}: _class_name must be one of {', '.join(CLASSES)}, got {kind!r:.60}.")
-    sources = _folders(folder, CLASSES[kind], variant) if path.is_dir() else _single(path, folder, CLASSES[kind])
-    chain = schedulers.read(files.config(folder / "scheduler", "scheduler_config.json"))
+    family = _family(folder, index)
+    present = [i for i, name in enumerate(_names(family)) if i < 2 or index.get(name) != [None, None]]
+    sources = _folders(folder, family, present, variant) if path.is_dir() else _single(path, folder, family)
+    chain = schedulers.read(
+        files.config(folder / "scheduler", "scheduler_config.json"), to_last=family is families.FLUX
+    )
     settings = {"dtype": dtype, "param_dtype": param_dtype}
     params: dict[str, Any] = {}
-    net, params["unet"] = unet.load(*sources["unet"], **settings)
+    module = unet if family.net is SDUNet else transformer
+    if not isinstance(module.network(sources["unet"][1]), family.net):
+        raise CheckpointError(
+            f"{folder}: its {family.folder}/ is not of the class that {INDEX} asks for. Get it again."
+        )
+    net, params["unet"] = module.load(*sources["unet"], **settings)
     coder, params["vae"] = vae.load(*sources["vae"], **settings)
     text = []
-    for i in range(CLASSES[kind]):
-        encoder, params[f"text_{i}"] = encoders.clip_text(*sources[f"text_{i}"])
+    for i in present:
+        read = encoders.t5 if family.text[i] == "t5" else encoders.clip_text
+        encoder, params[f"text_{i}"] = read(*sources[f"text_{i}"])
         text.append(encoder)
-    names = ["tokenizer", "tokenizer_2"][: len(text)]
-    tokenizers = tuple(open_tokenizer(folder / name, max_len=e.max_len) for name, e in zip(names, text, strict=True))
-    model = LatentDiffusion(net, coder, chain.schedule, chain.target, chain.time_input)
-    side = unet.sample_size(sources["unet"][1]) * coder.factor
+    tokenizers = tuple(_tokenizer(folder, i, encoder, net) for i, encoder in zip(present, text, strict=True))
+    learned = family is families.DIT and net.out_channels == 2 * net.in_channels
+    model = LatentDiffusion(net, coder, chain.schedule, chain.target, chain.time_input, learned_range=learned)
+    side = module.sample_size(sources["unet"][1]) * coder.factor
     zero = bool(index.get("force_zeros_for_empty_prompt"))
-    return Pipeline(model, tuple(text), tokenizers, chain, params, (side, side), zero)
+    return Pipeline(family, model, tuple(text), tokenizers, chain, params, (side, side), zero)
 
 
 def export(folder: str | os.PathLike, pipe: Pipeline, configs: str | os.PathLike, *, dtype: Any = None) -> None:
@@ -156,12 +176,12 @@ def export(folder: str | os.PathLike, pipe: Pipeline, configs: str | os.PathLike
     `configs` is the folder that it was loaded from; of it are copied model_index.json, scheduler/ and tokenizer/.
     """
     folder, configs = Path(folder), Path(configs)
-    unet.export(folder / "unet", pipe.model.unet, pipe.params["unet"], dtype=dtype)
+    module = unet if pipe.family.net is SDUNet else transformer
+    module.export(folder / pipe.family.folder, pipe.model.unet, pipe.params["unet"], dtype=dtype)
     vae.export(folder / "vae", pipe.model.vae, pipe.params["vae"], dtype=dtype)
     for i, encoder in enumerate(pipe.text):
-        name = "text_encoder" if i == 0 else f"text_encoder_{i + 1}"
-        encoders.export(folder / name, encoder, pipe.params[f"text_{i}"], dtype=dtype)
-    for name in ("scheduler", "tokenizer", "tokenizer_2"):
+        encoders.export(folder / _names(pipe.family)[i], encoder, pipe.params[f"text_{i}"], dtype=dtype)
+    for name in ("scheduler", "tokenizer", "tokenizer_2", "tokenizer_3"):
         if (configs / name).is_dir():
             shutil.copytree(configs / name, folder / name, dirs_exist_ok=True)
     index = files.config(configs, INDEX)
@@ -169,18 +189,42 @@ def export(folder: str | os.PathLike, pipe: Pipeline, configs: str | os.PathLike
     (folder / INDEX).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
+def _family(folder: Path, index: Mapping[str, Any]) -> Family:
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or kind not in CLASSES:
+        raise CheckpointError(f"{folder / INDEX}: _class_name must be one of {', '.join(CLASSES)}, got {kind!r:.60}.")
+    return CLASSES[kind]
+
+
+def _names(family: Family) -> list[str]:
+    """The folders of the text encoders."""
+    return ["text_encoder" if i == 0 else f"text_encoder_{i + 1}" for i in range(len(family.text))]
+
+
+def _tokenizer(folder: Path, i: int, encoder: CLIPText | T5Encoder, net: Any) -> PublishedTokenizer:
+    name = "tokenizer" if i == 0 else f"tokenizer_{i + 1}"
+    if isinstance(encoder, CLIPText):
+        return open_tokenizer(folder / name, max_len=encoder.max_len)
+    tokenizer = open_tokenizer(folder / name)
+    tokenizer.max_len = families.t5_len(net)  # its folder names the most that T5 was trained on
+    return tokenizer
+
+
 Sources = Mapping[str, tuple[Any, Mapping[str, Any]]]
 
 
-def _folders(folder: Path, count: int, variant: str | None) -> Sources:
+def _folders(folder: Path, family: Family, present: Sequence[int], variant: str | None) -> Sources:
     """part -> (tensors, config), of a diffusers folder."""
-    names = {"unet": "unet", "vae": "vae", "text_0": "text_encoder", "text_1": "text_encoder_2"}
-    wanted = ["unet", "vae", *[f"text_{i}" for i in range(count)]]
-    return {p: (files.read(folder / names[p], variant=variant), files.config(folder / names[p])) for p in wanted}
+    names = {"unet": family.folder, "vae": "vae"} | {f"text_{i}": _names(family)[i] for i in present}
+    return {
+        part: (files.read(folder / name, variant=variant), files.config(folder / name)) for part, name in names.items()
+    }
 
 
-def _single(path: Path, folder: Path, count: int) -> Sources:
+def _single(path: Path, folder: Path, family: Family) -> Sources:
     """The same of an original single file."""
+    if family.net is not SDUNet:
+        raise CheckpointError(f"{path}: of single files only Stable Diffusion 1, 2 and XL are known. Name its folder.")
     tensors = files.read(path)
     configs = {p: files.config(folder / p) for p in ("unet", "vae")}
     coder = vae.network(configs["vae"])
@@ -190,7 +234,6 @@ def _single(path: Path, folder: Path, count: int) -> Sources:
         "unet": (single_file.unet(tensors, unet.network(configs["unet"])), configs["unet"]),
         "vae": (single_file.vae(tensors, coder), configs["vae"]),
     }  # fmt: skip
-    for i in range(count):
-        config = files.config(folder / ("text_encoder" if i == 0 else f"text_encoder_{i + 1}"))
-        found[f"text_{i}"] = (single_file.text(tensors, i), config)
+    for i, name in enumerate(_names(family)):
+        found[f"text_{i}"] = (single_file.text(tensors, i), files.config(folder / name))
     return found

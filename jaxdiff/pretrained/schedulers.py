@@ -3,8 +3,11 @@
     index i of T training steps  <->  t = (i + 1) / T            beta_i: linear, scaled_linear, squaredcos_cap_v2
     leading     i = k (T // N) + steps_offset,  k = N - 1 .. 0        trailing    i = T - k T / N - 1,  k = 0 .. N - 1
     linspace    i = (T - 1) k / (N - 1),        k = N - 1 .. 0        then t = 0, or 1 / T (set_alpha_to_one false)
+    flow        t = s u / (1 + (s - 1) u), N numbers u from 1 to the shifted 1 / T (FLUX: to 1 / N), then t = 0;
+                s is a constant, or exp(mu) with mu linear in the tokens of the picture; the network is told T t
 
-Indices stay real numbers where theirs are rounded. Lin et al. 2024 (table 2; zero terminal SNR).
+Indices stay real numbers where theirs are rounded. Lin et al. 2024 (table 2; zero terminal SNR); Esser et al. 2024 (eq.
+23) for the shift, which a constant one of diffusers' scheduler applies to the last time twice.
 """
 
 import functools
@@ -27,6 +30,7 @@ SOLVERS = {
     "EulerDiscreteScheduler": "euler", "EulerAncestralDiscreteScheduler": "ddim_eta1", "HeunDiscreteScheduler": "heun",
     "KDPM2DiscreteScheduler": "dpm2", "DPMSolverMultistepScheduler": "dpmpp_2m", "UniPCMultistepScheduler": "unipc_2",
     "DPMSolverSinglestepScheduler": "dpmpp_2s", "DEISMultistepScheduler": "deis_2",
+    "FlowMatchEulerDiscreteScheduler": "euler",
 }  # fmt: skip
 """Their class -> the name in `solver.ALL`."""
 TARGETS = {"epsilon": target.eps, "v_prediction": target.v, "sample": target.x0}
@@ -35,7 +39,10 @@ _TO_FIRST = ("ddim", "ddim_eta1", "plms", "pndm")
 
 
 class Chain(NamedTuple):
-    """What a scheduler_config.json says: `times(num_steps, solver)` gives the grid for the solver of that name."""
+    """What a scheduler_config.json says: `times(num_steps, solver)` gives the grid for the solver of that name.
+
+    A third argument, `tokens`, is how many a transformer makes of the picture, where the times are shifted by that.
+    """
 
     schedule: Schedule
     target: Target
@@ -45,8 +52,11 @@ class Chain(NamedTuple):
     times: Callable[..., np.ndarray]
 
 
-def read(config: Mapping[str, Any]) -> Chain:
-    """The chain of a scheduler_config.json. Raises CheckpointError for a class or a setting that is not known here."""
+def read(config: Mapping[str, Any], *, to_last: bool = False) -> Chain:
+    """The chain of a scheduler_config.json. Raises CheckpointError for a class or a setting that is not known here.
+
+    to_last: of a flow, the times of FLUX's pipeline, which does not leave them to its scheduler.
+    """
     if not isinstance(config, Mapping):
         raise CheckpointError(f"scheduler_config.json must be a JSON object, got {config!r:.60}.")
     kind = config.get("_class_name", "DDIMScheduler")
@@ -55,6 +65,8 @@ def read(config: Mapping[str, Any]) -> Chain:
             f"scheduler_config.json: _class_name must be one of {', '.join(SOLVERS)}, got {kind!r:.60}."
         )
     settings = Settings(config)
+    if kind == "FlowMatchEulerDiscreteScheduler":
+        return _flow(settings, to_last)
     schedule = _schedule(settings)
     prediction = settings.one_of("prediction_type", "epsilon", list(TARGETS))
     clip = settings.number("clip_sample_range", 1.0) if _clips(kind, settings) else None
@@ -63,13 +75,48 @@ def read(config: Mapping[str, Any]) -> Chain:
     first = not settings.flag("set_alpha_to_one", kind != "PNDMScheduler")
     karras = settings.flag("use_karras_sigmas", False)
 
-    def times(num_steps: int, solver: str = SOLVERS[kind]) -> np.ndarray:
+    def times(num_steps: int, solver: str = SOLVERS[kind], tokens: int = 0) -> np.ndarray:
         if karras:
             return sample.karras_grid(schedule, num_steps)
         last = 1 / schedule.T if first and solver in _TO_FIRST else 0.0
         return np.append((_indices(num_steps, schedule.T, spacing, offset) + 1) / schedule.T, last)
 
     return Chain(schedule, TARGETS[prediction], whole_index(schedule.T), SOLVERS[kind], clip, times)
+
+
+def _flow(settings: Settings, to_last: bool) -> Chain:
+    """The chain of a flow: straight lines, their velocity, and times shifted towards noise."""
+    T, shift = settings.integer("num_train_timesteps", 1000, least=2), settings.number("shift", 1.0)
+    dynamic = settings.flag("use_dynamic_shifting", False)
+    settings.one_of("time_shift_type", "exponential", ["exponential"])
+    ends = [settings.integer(f"{name}_image_seq_len", n) for name, n in (("base", 256), ("max", 4096))]
+    mus = [settings.number(f"{name}_shift", mu) for name, mu in (("base", 0.5), ("max", 1.15))]
+    settings.finish()
+    if not shift > 0 or ends[0] == ends[1]:
+        raise CheckpointError(
+            f"scheduler_config.json: shift must be > 0 and base_image_seq_len differ from max_image_seq_len, "
+            f"got {shift} and {ends[0]}."
+        )
+
+    def times(num_steps: int, solver: str = "euler", tokens: int = 4096) -> np.ndarray:
+        check_count("num_steps", num_steps, "Stable Diffusion 3 is used with 28, FLUX schnell with 4.")
+        mu = mus[0] + (mus[1] - mus[0]) * (tokens - ends[0]) / (ends[1] - ends[0])
+        s = math.exp(mu) if dynamic else shift
+        first = 1 / T if dynamic else _shifted(1 / T, s)
+        last = 1 / num_steps if to_last else first
+        return np.append(_shifted(np.linspace(1, last, num_steps), s), 0.0)
+
+    return Chain(schedules.rectified_flow(), target.velocity, flow_index(T), "euler", None, times)
+
+
+def _shifted(u: Any, s: float) -> Any:
+    return s * u / ((1 - u) + s * u)  # so written, it is exactly 1 at u = 1
+
+
+@functools.cache  # so that two models of one chain are equal
+def flow_index(T: int) -> TimeInput:
+    """T t."""
+    return lambda schedule, t: T * t
 
 
 _SPACING = {"DDIMScheduler": "leading", "DDPMScheduler": "leading", "PNDMScheduler": "leading"}
