@@ -11,6 +11,7 @@ averaged autoencoder as diffusers reads it, with
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Autoencoder:
         found = self.net.apply(params["net"], x, method="encode")
         variance = jnp.exp(found.log_variance)
         y = self._decode(params, found.mean + jnp.sqrt(variance) * normal(key_z, variance.shape, variance.dtype))
-        kl = (jnp.square(found.mean) + variance - 1 - found.log_variance).sum((1, 2, 3)) / (2 * np.prod(self.shape))
+        kl = (jnp.square(found.mean) + variance - 1 - found.log_variance).sum((1, 2, 3)) / (2 * math.prod(self.shape))
         aux = {"error": ERRORS[self.error](x - y).mean((1, 2, 3)), "kl": kl, "lpips": self._lpips(x, y)}
         return aux["error"] + self.kl * kl + self.lpips_weight * aux["lpips"], aux
 

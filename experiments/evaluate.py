@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         default=500,
         help="steps of the classifier trained on samples; 0 is off (default: 500)",
     )
-    add("--prompts", type=int, default=64, help="captions whose picture is looked for; 0 is off (default: 64)")
+    add("--prompts", type=int, default=64, help="captions, of each set, whose picture is looked for; 0 is off")
     add("--top", type=int, default=5, help="how many of the nearest pictures count there (default: 5)")
     return parser
 
@@ -148,7 +148,8 @@ class Evaluation:
         chosen = [features.pixels(shape)] + ([features.inception(args.inception, shape)] if args.inception else [])
         self.mesh = train.mesh.make()
         train.mesh.check_batch_size(self.mesh, args.batch)
-        self.real = real_examples(_in_memory(self.dataset), held_out_set(config, args.held_out))
+        self.held_out = held_out_set(config, args.held_out)
+        self.real = real_examples(_in_memory(self.dataset), self.held_out)
         self.count = min(args.reference or len(self.real.x), len(self.real.x))
         self.extractors = [features.Extractor(self.folder, one, self.mesh, args.batch) for one in chosen]
         self.references: list[scores.Reference] = []
@@ -205,7 +206,7 @@ class Evaluation:
     def bits(self, run: trained.Trained) -> dict[str, Any] | None:
         """Bits per dimension of held-out pictures: both estimates, and those of the Gaussian."""
         images = self.real.held_out[: self.args.bits]
-        if not len(images) or images.dtype != np.uint8 or run.model.condition == "caption":
+        if not len(images) or images.dtype != np.uint8 or run.model.condition == "caption" or run.model.coder:
             return None
         cond = {}
         if run.model.condition == "label" and self.real.held_out_labels is not None:
@@ -261,14 +262,18 @@ def measure(given: Evaluation, run: trained.Trained) -> dict[str, Any]:
     for one in chosen:
         models.sampler(run.model, one)
     captioned = run.model.condition == "caption" and args.prompts > 0
-    if captioned:
-        prompts.check(given.dataset, args.top)
+    sets = {"prompts": given.dataset} | ({"held_out_prompts": given.held_out} if given.held_out else {})
+    for dataset in sets.values() if captioned else ():
+        prompts.check(dataset, args.top)
     given.floors()
     made = [given.row(run, one)[0] for one in chosen]
     name = next(row["name"] for row in given.tables[0]["rows"] if "nfe" in row)
     result: dict[str, Any] = {"bits_per_dim": given.bits(run), "classification_accuracy": given.accuracy(made[0], name)}
-    if captioned:
-        result["prompts"] = prompts.control(run, given.dataset, chosen[0], args.prompts, seed=seed, top=args.top)
+    for key, dataset in sets.items() if captioned else ():
+        result[key] = prompts.control(run, dataset, chosen[0], args.prompts, seed=seed, top=args.top)
+    if captioned and given.held_out:
+        silent = {"seed": seed, "top": args.top, "told": False}
+        result["held_out_without"] = prompts.control(run, given.held_out, chosen[0], args.prompts, **silent)
     return result
 
 

@@ -55,7 +55,7 @@ def _without_path(c: Config, dataset: Examples) -> Examples:
 
 SOURCES = {
     "emoji": lambda c: _without_path(c, data.emoji(size=c.size)),
-    "tfds": lambda c: data.tfds(c.tfds, c.split, c.path or None),
+    "tfds": lambda c: data.tfds(c.tfds, c.split, c.path or None, size=c.size),
     "folder": _folder,
     "swissroll": lambda c: _without_path(c, data.swissroll(c.points)),
 }

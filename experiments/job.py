@@ -74,7 +74,7 @@ class Job:
         c, captions = self.config, self.dataset.captions or ()
         self.examples: inputs.Examples = self.dataset
         if self.coder:
-            self.examples = latents.encode(self.dataset, self.coder, latents.cache_of(c))
+            self.examples = self.dataset = latents.encode(self.dataset, self.coder, latents.cache_of(c))
             self.faults = inputs.faults(self.examples, self.directory / "skipped_records.jsonl")
         self.rows = inputs.arrays(self.examples, c.condition, self.tokenizer, c.text.max_len)
         self.along = inputs.texts(self.tokenizer, captions, c.text.max_len) if self.model.told else {}

@@ -69,9 +69,14 @@ class Coder:
 
 
 def open_coder(path: str | Path) -> Coder:
-    """The autoencoder in `path` or in `path`/vae. Raises CheckpointError where there is none, or it is damaged."""
+    """The autoencoder in `path` or `path`/vae: of diffusers, or a tiny one as its author publishes it.
+
+    Raises CheckpointError where there is none, or it is damaged.
+    """
     folder = Path(path).expanduser()
     folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    if (folder / "encoder.safetensors").is_file():
+        return Coder(*pretrained.vae.tiny(folder))
     if not (folder / "config.json").is_file() or (folder / "checkpoints").is_dir():
         raise CheckpointError(
             f"there is no autoencoder in {folder}: a folder with vae/config.json. Train one to its end first: "
@@ -162,9 +167,23 @@ class Texts:
 
     def rows(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """{'tokens': (n, max_len, d), 'mask': (n, max_len), 'pooled': (n, d)}, in float32, of n captions."""
+        if not any(captions):  # which is asked for within programs too, where nothing is encoded
+            return {name: np.repeat(row, len(captions), 0) for name, row in self.empty.items()}
+        return self._encode(captions)
+
+    @functools.cached_property
+    def empty(self) -> dict[str, np.ndarray]:
+        """The row of the empty caption."""
+        return self._encode([""])
+
+    def _encode(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        texts = [*captions, ""]  # with which batches are filled up
+        tokens = self.tokenizer.encode(texts, self.max_len)  # all at once, so that one warning says how many are cut
+        place = {caption: row for row, caption in enumerate(texts)}
 
         def encode(some: list[str]) -> TextFeatures:
-            return self._apply(self.params, *self.tokenizer.encode(some, self.max_len))
+            rows = [place[caption] for caption in some]
+            return self._apply(self.params, tokens.ids[rows], tokens.mask[rows])
 
         return Cache(self.cache / "texts", self.fingerprint).get(captions, encode)._asdict()
 
@@ -193,7 +212,9 @@ def open_texts(path: str | Path, cache: str | Path = CACHE, *, max_len: int) -> 
     most = getattr(model, "max_len", max_len)
     if max_len > most:
         raise ConfigError(f"text.max_len must be at most {most} for {encoder}, got {max_len}.")
-    return Texts(model, params, tokenizer, max_len, Path(cache).expanduser())
+    made = Texts(model, params, tokenizer, max_len, Path(cache).expanduser())
+    made.rows([""])
+    return made
 
 
 def cache_of(config: Config) -> Path:

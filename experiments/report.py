@@ -25,6 +25,13 @@ BITS = {
 }
 """The rows of the table of likelihoods."""
 
+PROMPTS = {
+    "prompts": "",
+    "held_out_prompts": "of held-out captions, among held-out pictures: ",
+    "held_out_without": "the same, drawn without the captions: ",
+}
+"""What the figures of prompts are of."""
+
 LEGEND = (
     "nearest: median distance to the nearest reference example, over that of held-out ones; nearer: the chance that a "
     "row's example is nearer than a held-out one (0.5 if neither); copied: nearest closer than a third of the second."
@@ -72,14 +79,14 @@ def markdown(result: dict[str, Any]) -> str:
         parts += ["## Classification accuracy on held-out pictures"]
         parts += ["\n".join(f"- trained on {name}: {value:.1%}" for name, value in scores.items())]
     if result.get("prompts"):
-        figure = result["prompts"]
-        top = next(key for key in figure if key.startswith("recall_at_"))
-        parts += ["## Does the prompt decide the picture?", prompts_line(figure, int(top.rpartition("_")[2]))]
+        lines = [f"- {title}{prompts_line(result[key])}" for key, title in PROMPTS.items() if key in result]
+        parts += ["## Does the prompt decide the picture?", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
-def prompts_line(figure: dict[str, Any], top: int) -> str:
+def prompts_line(figure: dict[str, Any]) -> str:
     """The figure of `experiments.prompts` in words."""
+    top = next(key for key in figure if key.startswith("recall_at_")).rpartition("_")[2]
     return (
         f"own picture in the top {top}: {figure[f'recall_at_{top}']:.1%} of {figure['samples']} prompts; "
         f"chance {figure['chance']:.3%}; {figure['times_chance']:.1f} times chance"

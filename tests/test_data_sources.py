@@ -81,6 +81,48 @@ def test_tfds_is_read_without_tensorflow(tfds_dir, tmp_path, monkeypatch):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.fixture(scope="module")
+def captioned(tfds_dir, tmp_path_factory):
+    """A set as coco_captions is: pictures of many sizes, several captions of each."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder = shutil.copytree(tfds_dir / "tiny", tmp_path_factory.mktemp("coco") / "tiny") / "1.0.0"
+    writer = ArrayRecordWriter(str(folder / "tiny-train.array_record-00000-of-00001"), "group_size:1")
+    for i, picture in enumerate(PICTURES):
+        example = tf_example_pb2.Example()
+        wide = np.repeat(picture, 2, 1) if i % 2 else picture
+        example.features.feature["image"].bytes_list.value.append(png(wide))
+        texts = [] if i == 6 else [f"picture {i} \u00e9".encode(), b"another"]
+        example.features.feature["captions/text"].bytes_list.value.extend(texts)
+        example.features.feature["captions/id"].int64_list.value.extend(range(len(texts)))
+        writer.write(example.SerializeToString())
+    writer.close()
+    features = json.loads((folder / "features.json").read_text())
+    parts = features["featuresDict"]["features"]
+    del parts["label"]
+    parts["image"]["image"]["shape"]["dimensions"] = ["-1", "-1", "3"]
+    python = "tensorflow_datasets.core.features."
+    inner = {
+        "id": {"pythonClassName": python + "tensor_feature.Tensor", "tensor": {"shape": {}, "dtype": "int64"}},
+        "text": {"pythonClassName": python + "text_feature.Text", "text": {}},
+    }
+    inner = {"pythonClassName": python + "features_dict.FeaturesDict", "featuresDict": {"features": inner}}
+    sequence = {"feature": inner, "length": "-1"}
+    parts["captions"] = {"pythonClassName": python + "sequence_feature.Sequence", "sequence": sequence}
+    (folder / "features.json").write_text(json.dumps(features))
+    return folder.parents[1]
+
+
+def test_tfds_gives_the_first_caption_of_each_picture(captioned):
+    found = data.tfds("tiny", data_dir=captioned, size=3)
+    assert found.captions == (*(f"picture {i} \u00e9" for i in range(6)), "")
+    assert found.images.shape == (7, 3, 3, 3)
+    assert found.labels is None
+    with pytest.raises(DataError, match="differ in shape"):
+        data.tfds("tiny", data_dir=captioned)
+
+
 def test_tfds_skips_damaged_records(tfds_dir, tmp_path):
     """One whose picture is cut short, one that is no tf.Example at all."""
     from array_record.python.array_record_module import ArrayRecordWriter

@@ -105,7 +105,7 @@ def test_every_config_describes_a_model_that_can_be_built(name, tmp_path):
     if config.frozen.autoencoder:  # which a machine that runs the tests may not have
         coder = latents.Coder(nets.AutoencoderKL((8, 8, 8), 1, groups=4), {})
     if config.frozen.text:
-        config.frozen.text, config.text.max_len = str(TEXT), 8
+        config.frozen.text, config.frozen.cache, config.text.max_len = str(TEXT), str(tmp_path), 8
     tokenizer = models.tokenizer_for(config, ["red heart"], tmp_path)
     model = models.build(config, info, tokenizer, coder)
     models.sampler(model, config.sample)

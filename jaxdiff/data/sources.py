@@ -4,11 +4,12 @@ emoji, tfds, arrays, array_file, idx    pictures, uint8 (n, h, w, c)  (folders a
 swissroll                               points, float32 (n, 2):  (a cos a, a sin a) / 15 + noise
 """
 
+import dataclasses
 import difflib
 import importlib.resources
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from jaxdiff.data.dataset import Dataset, not_finite
 from jaxdiff.data.folders import fit
 from jaxdiff.data.image import UNREADABLE
 from jaxdiff.errors import ConfigError, DataError, UnsafeFileError
+
+CAPTIONS = ("captions", "caption")  # features of tensorflow-datasets
 
 
 def emoji(size: int = 32) -> Dataset:
@@ -56,9 +59,9 @@ def tfds(
 ) -> Dataset:
     """A prepared tensorflow-datasets set of pictures, read from array_record files without TensorFlow.
 
-    Takes the features `image` and, where there is one, the class `label`. `size` crops and scales to size x size, for
-    sets whose pictures differ. Raises DataError, with the command to type, when the set is not prepared; ConfigError
-    for an unknown name.
+    Takes the features `image` and, where there are some, the class `label` and the captions: `caption`, or the first of
+    `captions` (COCO has five of each picture). `size` crops and scales pictures of any other size to size x size.
+    Raises DataError, with the command to type, when the set is not prepared; ConfigError for an unknown name.
     """
     folder = Path(data_dir or "~/tensorflow_datasets").expanduser()
     builder = _tfds_builder(name, folder)
@@ -74,9 +77,9 @@ def tfds(
         raise DataError(f"{name!r} in {folder} is not in array_record files. Delete it. {how}") from error
     except ValueError as error:
         raise DataError(f"split {split!r} of {name!r}: {error}") from error
-    images, labels, skipped = _read_examples(source, size, "label" in features, name)
-    label_names = tuple(features["label"].names) if labels is not None else None
-    return Dataset(images, labels, label_names, None, name, skipped)
+    found = _read_examples(source, size, sorted({"label", *CAPTIONS} & set(features)), name)
+    label_names = tuple(features["label"].names) if found.labels is not None else None
+    return dataclasses.replace(found, label_names=label_names)
 
 
 def _tfds_builder(name: str, folder: Path) -> Any:
@@ -100,26 +103,37 @@ def _how_to_prepare(name: str, folder: Path) -> str:
     return f"Prepare it once, where TensorFlow may be installed (reading needs none): {install} && {prepare}"
 
 
-def _read_examples(
-    source: Any, size: int | None, with_labels: bool, name: str
-) -> tuple[np.ndarray, np.ndarray | None, dict[int, str]]:
+def _read_examples(source: Any, size: int | None, also: Sequence[str], name: str) -> Dataset:
+    """The pictures, and of the features `also` the labels and captions."""
     images: np.ndarray | None = None
-    labels = np.zeros(len(source), np.int32)
+    labels, captions = np.zeros(len(source), np.int32), [""] * len(source)
+    texts = [feature for feature in CAPTIONS if feature in also][:1]
     found = faults.Faults(len(source))
     for i, example in _examples(source, name):
         if isinstance(example, str):
             found.add({i: example})
             continue
-        image = example["image"] if size is None else fit(Image.fromarray(example["image"].squeeze()), size)
+        image = example["image"]
         image = image[..., None] if image.ndim == 2 else image
+        if size is not None and image.shape[:2] != (size, size):
+            image = fit(Image.fromarray(image.squeeze()), size, 1 if image.shape[2] == 1 else 3)
         images = np.zeros((len(source), *image.shape), np.uint8) if images is None else images
         if image.shape != images.shape[1:]:
             raise DataError(f"the pictures differ in shape: {image.shape}, {images.shape[1:]}. Pass size=.")
         images[i] = image
-        labels[i] = example["label"] if with_labels else 0
+        labels[i] = example["label"] if "label" in also else 0
+        captions[i] = _caption(example[texts[0]]) if texts else ""
     if images is None:
         raise DataError("the split is empty.")
-    return images, labels if with_labels else None, found.found
+    told = tuple(captions) if texts else None
+    return Dataset(images, labels if "label" in also else None, None, told, name, found.found)
+
+
+def _caption(value: Any) -> str:
+    """One text, or the first of several, each perhaps beside a number of its own."""
+    value = value["text"] if isinstance(value, Mapping) else value
+    first = value if isinstance(value, bytes | str) else next(iter(np.ravel(value)), "")
+    return first.decode("utf-8", "replace") if isinstance(first, bytes) else str(first)
 
 
 def _examples(source: Any, name: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
