@@ -8,6 +8,8 @@ writes into the directory `sampler`
     tokenizer.json     captions to ids (Hugging Face `tokenizers`), for a model of captions
     README.md          how to call it, with the code
 
+and of a fine-tuned Stable Diffusion what diffusers loads (see `experiments.finetune`).
+
 The batch size is fixed by --batch; the parameters are arguments and not constants, so that the file stays small.
 """
 
@@ -22,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, trained
+from experiments import cli, finetune, trained
 from experiments import model as models
 from experiments.configs import Config
 from experiments.sample import settings
@@ -109,7 +111,7 @@ def _readme(run: trained.Trained, chosen: Config, batch: int, leaves: list[Any])
         settings=json.dumps({name: chosen[name] for name in ("solver", "grid", "steps", "scale", "clip")}),
         batch=batch,
         arguments=arguments,
-        shape=(batch, *run.model.shape),
+        shape=(batch, *run.info["shape"]),
         condition=condition.format(batch=batch, length=run.model.max_len),
         platforms=", ".join(PLATFORMS),
         version=jax.__version__,
@@ -136,8 +138,14 @@ def run(argv: Sequence[str]) -> int:
     source, directory = Path(args.workdir), Path(args.out)
     if directory.exists():
         raise CheckpointError(f"--out {directory} exists already. Give another directory, or remove it.")
+    if (source / finetune.WEIGHTS).exists():
+        finetune.export(source, directory, args.checkpoint)
+        print(f"wrote {directory}")
+        return 0
     loaded = trained.load(source, args.checkpoint)
     chosen = settings(args, loaded.config)
+    if loaded.model.told:
+        raise ConfigError("a model that stands on a published text encoder cannot be exported without it, as it would.")
     models.sampler(loaded.model, chosen)  # refuses bad settings before anything is written
     export(loaded, chosen, directory, args.batch)
     if (source / "tokenizer.json").exists():

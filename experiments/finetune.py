@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -114,7 +115,8 @@ class Tuning(Job):
             own = [row[text] for text in np.asarray(z.captions, object)[good]]
             frozen["prior"] = {"image": z.images[good], "text": np.asarray(own)}
         self._drop(*{name for name in self.pipe.params if name not in ("vae", *self.model.method.needs)})
-        self.model = dataclasses.replace(self.model, frozen=frozen | {"params": self.pipe.params}, row=row)
+        frozen = jax.tree.map(jnp.asarray, frozen) | {"params": self.pipe.params}
+        self.model = dataclasses.replace(self.model, frozen=frozen, row=row)
         rows = np.asarray([row[text] for text in self.examples.captions or ()])
         self.rows, self.along = {"image": self.examples.images, "text": rows}, {}
 

@@ -6,6 +6,7 @@ One program draws every picture: parameters, prompts, seeds, scale and times are
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 from experiments import cli, pictures, trained
 from jaxdiff import data, pipelines, sample, solver
 from jaxdiff.errors import ConfigError
-from jaxdiff.pretrained import controlnet, inversion, ip_adapter
+from jaxdiff.pretrained import controlnet, inversion, ip_adapter, lora
 from jaxdiff.pretrained import pipelines as published
 from jaxdiff.pretrained import text as encoders
 from jaxdiff.text import clip
@@ -30,7 +31,7 @@ STEPS, SCALE = 20, 7.5
 
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError for options that say nothing to a published model, or are missing."""
-    for name in ("label", "checkpoint", "each"):
+    for name in ("label", "checkpoint"):
         if getattr(args, name):
             raise ConfigError(f"--{name} is for the model of a --workdir, not for --pretrained.")
     if not args.prompt:
@@ -44,6 +45,8 @@ def check(args: argparse.Namespace) -> None:
             f"give a --control picture for each --controlnet, and one --control_scale or as many; got "
             f"{len(args.controlnet)}, {len(args.control)} and {len(args.control_scale)}."
         )
+    if len(args.lora_scale) not in (1, len(args.lora)):
+        raise ConfigError(f"give one --lora_scale or one for each of {len(args.lora)} --lora, got {args.lora_scale}.")
     if bool(args.ip_adapter) != bool(args.image):
         raise ConfigError("--ip_adapter and --image go together. Type --ip_adapter FILE --image photo.png.")
 
@@ -71,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     data.save_png(args.out, pictures.sheet(x0, prompts), info)
     print(f"wrote {args.out}: {len(x0)} pictures of {x0.shape[1]} x {x0.shape[2]}")
+    if args.each:
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            path = Path(args.each) / f"{i:05d}_seed{seed}.png"
+            data.save_png(path, pictures.sheet(x0[i : i + 1]), info | {"prompts": prompt, "seeds": seed})
+        print(f"wrote {len(x0)} files to {args.each}")
     return 0
 
 
@@ -79,6 +87,9 @@ def adapt(
 ) -> tuple[published.Pipeline, dict[str, Any]]:
     """`pipe` with what the command line adds to it, and the pictures, of one row, that these are shown."""
     shown: dict[str, Any] = {}
+    for path, strength in zip(args.lora, np.broadcast_to(args.lora_scale, len(args.lora)), strict=True):
+        merged = lora.merge(pipe.params, lora.load(path, pipe.params), float(strength))
+        pipe = dataclasses.replace(pipe, params=merged)
     for path in args.inversion:
         pipe = inversion.add(pipe, inversion.load(path))
     for path in args.controlnet:

@@ -36,6 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", help="with --pretrained: the files to read, e.g. fp16")
     add("--half", action="store_true", help="with --pretrained: compute in bfloat16")
     add("--size", nargs=2, type=int, help="with --pretrained: height and width (default: as it was trained)")
+    add("--lora", nargs="+", action="extend", default=[], help="with --pretrained: files of LoRAs to add")
+    add("--lora_scale", nargs="+", type=float, default=[1.0], help="how much of each is added (default: 1)")
     add("--inversion", nargs="+", action="extend", default=[], help="with --pretrained: files of learned words to know")
     add("--controlnet", nargs="+", action="extend", default=[], help="with --pretrained: folders of ControlNets")
     add("--control", nargs="+", action="extend", default=[], help="a picture for each --controlnet")
@@ -139,7 +141,7 @@ def run(argv: Sequence[str]) -> int:
         pretrained.check(args)
         check_outputs(args)
         return pretrained.run(args)
-    for name in ("inversion", "controlnet", "ip_adapter"):
+    for name in ("lora", "inversion", "controlnet", "ip_adapter"):
         if getattr(args, name):
             raise ConfigError(f"--{name} is for --pretrained, not for the model of a --workdir.")
     loaded = trained.load(Path(args.workdir), args.checkpoint)

@@ -48,6 +48,11 @@ def load(directory: Path, step: int | None = None) -> Trained:
 def restore(directory: Path, step: int | None = None) -> Trained:
     """As `load`, of any run."""
     config, info = workdir.load(directory)
+    if config.pretrained:
+        raise ConfigError(
+            f"{directory} holds a fine-tuning of {config.pretrained}. Write it out, and draw with --pretrained: "
+            f"python -m experiments.export --workdir={directory} --out=DIR"
+        )
     tokenizer, coder = models.load_tokenizer(config, directory), latents.coder_of(config)
     latents.check(directory, coder, tokenizer)
     model = models.build(config, info, tokenizer, coder)
