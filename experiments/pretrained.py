@@ -1,4 +1,4 @@
-"""Pictures from a published Stable Diffusion: what `experiments.sample --pretrained DIR` does.
+"""Pictures from a published Stable Diffusion or FLUX: what `experiments.sample --pretrained DIR` does.
 
     python -m experiments.sample --pretrained DIR --prompt "a red house" --solver unipc --steps 20 --scale 7.5
 
@@ -19,6 +19,7 @@ import numpy as np
 from experiments import cli, pictures, trained
 from jaxdiff import data, pipelines, sample, solver
 from jaxdiff.errors import ConfigError
+from jaxdiff.nets import Flux
 from jaxdiff.pretrained import controlnet, inversion, ip_adapter, lora
 from jaxdiff.pretrained import pipelines as published
 from jaxdiff.pretrained import text as encoders
@@ -26,7 +27,7 @@ from jaxdiff.text import clip
 from jaxdiff.types import Array
 
 SOLVERS = solver.ALL | {"unipc": solver.unipc, "deis": solver.deis}
-STEPS, SCALE = 20, 7.5
+STEPS, SCALE, TOLD_SCALE = 20, 7.5, 3.5
 
 
 def check(args: argparse.Namespace) -> None:
@@ -60,10 +61,10 @@ def run(args: argparse.Namespace) -> int:
     trained.check_seeds(per)
     prompts = [prompt for prompt in args.prompt for _ in per]
     seeds = per * len(args.prompt)
-    steps, scale = args.steps or STEPS, SCALE if args.scale is None else args.scale
+    steps, scale = args.steps or STEPS, chosen_scale(pipe, args)
     name = args.solver or pipe.chain.solver
     used = cli.call("--solver", name, SOLVERS, schedule=pipe.model.schedule)
-    times = pipe.chain.times(steps, name)
+    times = pipe.times(steps, name, size=size)
     if args.grid:
         times = cli.call("--grid", args.grid, sample.GRIDS, schedule=pipe.model.schedule, num_steps=steps)
     draw = program(pipe, used, size)
@@ -80,6 +81,18 @@ def run(args: argparse.Namespace) -> int:
             data.save_png(path, pictures.sheet(x0[i : i + 1]), info | {"prompts": prompt, "seeds": seed})
         print(f"wrote {len(x0)} files to {args.each}")
     return 0
+
+
+def chosen_scale(pipe: published.Pipeline, args: argparse.Namespace) -> float:
+    """The guidance, or, of FLUX dev, the number that the network is told in its place."""
+    net = pipe.model.unet
+    if not isinstance(net, Flux):
+        return SCALE if args.scale is None else args.scale
+    if args.negative or (args.scale is not None and not net.guided):
+        raise ConfigError(
+            "FLUX is drawn without guidance: leave out --negative, and --scale too if it is not FLUX dev."
+        )
+    return TOLD_SCALE if args.scale is None else args.scale
 
 
 def adapt(
@@ -117,13 +130,14 @@ def program(pipe: published.Pipeline, used: solver.Solver, size: tuple[int, int]
 
     @jax.jit
     def draw(params, keys, prompt, negative, scale, times, shown):
-        cond, null = (pipe.encode(params, texts, size=size) for texts in (prompt, negative))
+        cond, null = (pipe.encode(params, texts, size=size, guidance=scale) for texts in (prompt, negative))
         rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(keys), *x.shape[1:])), shown)
         if "control" in rows:
             cond, null = pipelines.with_control(cond, null, *rows["control"])
         if "image" in rows:
             cond, null = pipelines.with_image(cond, null, *rows["image"])
-        settings = {"times": times, "solver": used, "scale": scale, "size": size}
+        settings = {"times": times, "solver": used, "size": size}
+        settings["scale"] = 1 if isinstance(pipe.model.unet, Flux) else scale
         return pipelines.text_to_image(keys, pipe.model, params, cond, null, **settings)
 
     return draw

@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--workdir", help="the directory of the training run")
-    add("--pretrained", help="instead: a Stable Diffusion 1, 2 or XL, as the folder that diffusers writes")
+    add("--pretrained", help="instead: a Stable Diffusion or FLUX, as the folder that diffusers writes")
     add("--variant", help="with --pretrained: the files to read, e.g. fp16")
     add("--half", action="store_true", help="with --pretrained: compute in bfloat16")
     add("--size", nargs=2, type=int, help="with --pretrained: height and width (default: as it was trained)")
@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, help="solver steps (default: as the config)")
     add("--solver", help="name or 'name(option=value)' (default: as the config)")
     add("--grid", help="time grid, name or 'name(option=value)' (default: as the config)")
-    add("--scale", type=float, help="guidance; 1 is off (default: as the config)")
+    add("--scale", type=float, help="guidance; 1 is off; FLUX is told it (default: as the config)")
     add("--batch", type=int, help="pictures at once (default: 16, of --pretrained 1)")
     add("--checkpoint", type=int, help="the training step to use (default: the newest)")
     add("--out", default="grid.png", help="the picture of all samples (default: grid.png)")

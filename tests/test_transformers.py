@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+import experiments.sample
 from jaxdiff import pipelines, solver
 from jaxdiff.errors import CheckpointError, ConfigError
 from jaxdiff.nets import Flux, LatentDiT, MMDiT
@@ -329,6 +331,32 @@ def test_the_exported_fixture_is_the_same_pipeline(loaded, tmp_path):
     assert again.size == pipe.size
     for ours, theirs in zip(jax.tree.leaves(pipe.params), jax.tree.leaves(again.params), strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
+
+
+def test_the_command_draws_with_flux(tmp_path):
+    out = tmp_path / "x.png"
+    command = ["--pretrained", str(FIXTURES / "tiny_flux"), "--variant", "fp16", "--prompt", "a cat", "--out", str(out)]
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        assert (
+            experiments.sample.run([*command, "--size", "16", "16", "--steps", "2", "--scale", "2", "--seed", "5"]) == 0
+        )
+    pipe = published.load(FIXTURES / "tiny_flux", variant="fp16")
+    prompt, _ = pipe.tokenize(["a cat"], [""])
+
+    @jax.jit
+    def draw(params):
+        settings = {
+            "times": pipe.times(2, size=(16, 16)),
+            "solver": solver.euler(pipe.model.schedule),
+            "size": (16, 16),
+        }
+        cond = pipe.encode(params, prompt, guidance=2.0)
+        return pipelines.text_to_image(jax.random.key(5)[None], pipe.model, params, cond, cond, scale=1, **settings)
+
+    with Image.open(out) as written:
+        np.testing.assert_allclose(np.asarray(written), (np.asarray(draw(pipe.params)[0]) + 1) * 127.5, atol=1)
+    with pytest.raises(ConfigError, match="leave out --negative"):
+        experiments.sample.run([*command, "--negative", "rain"])
 
 
 def test_folders_that_do_not_fit_together_are_named(tmp_path):
