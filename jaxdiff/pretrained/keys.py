@@ -9,6 +9,7 @@ whose tensor is there is read; the first rule writes. So a rule further down is 
     theirs <- to_theirs(ours)      SAME     as it is
 """
 
+import concurrent.futures
 import dataclasses
 import fnmatch
 import re
@@ -116,24 +117,30 @@ def load(
 ) -> PyTree:
     """`template` with each leaf read from its tensor, in the leaf's dtype and, where it names one, its sharding.
 
-    One tensor is in memory at a time beside the result. Raises CheckpointError with the report where a key has no
-    partner; with `strict=False` missing ones keep the template's array, unexpected ones are left, and a shape that
-    does not fit still raises.
+    Beside the result two tensors are in memory, one being read while the one before is laid out. Raises
+    CheckpointError with the report where a key has no partner; with `strict=False` missing ones keep the template's
+    array, unexpected ones are left, and a shape that does not fit still raises.
     """
     report = compare(template, tensors, table, ignore=ignore)
     if report.shape or (strict and not report.ok):
         raise CheckpointError(f"the weights are not of this network: {report}. Compare their config.json with it.")
     pairs, _, _ = _pair(template, tensors, table)
 
-    def leaf(path: Any, old: Any) -> Any:
-        rule = pairs.get(_name(path))
-        if rule is not None:
-            return _place(rule.transform.to_ours(np.array(tensors[rule.theirs])), old)
-        if isinstance(old, jax.ShapeDtypeStruct):
-            raise CheckpointError(f"{_name(path)} is missing and the template holds no array for it: {report}.")
-        return old
+    def read(path: str, old: Any) -> np.ndarray | None:
+        rule = pairs.get(path)
+        if rule is None:
+            return None
+        return rule.transform.to_ours(np.array(tensors[rule.theirs]).astype(old.dtype, copy=False))
 
-    return jax.tree_util.tree_map_with_path(leaf, template)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(template)
+    named = [(_name(path), old) for path, old in leaves]
+    made = []
+    for (path, old), array in zip(named, _ahead(read, named), strict=True):
+        if array is None and isinstance(old, jax.ShapeDtypeStruct):
+            raise CheckpointError(f"{path} is missing and the template holds no array for it: {report}.")
+        # JAX moves the axes as it copies the array, which costs no more than the copy; NumPy's would be a second one.
+        made.append(old if array is None else jax.device_put(array, getattr(old, "sharding", None)))
+    return tree.unflatten(made)
 
 
 def export(params: PyTree, table: Sequence[Rule], *, dtype: Any = None) -> dict[str, np.ndarray]:
@@ -213,6 +220,13 @@ def _shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...] | No
         return None
 
 
-def _place(array: np.ndarray, old: Any) -> jax.Array:
-    sharding = old.sharding if isinstance(old, jax.ShapeDtypeStruct) else getattr(old, "sharding", None)
-    return jax.device_put(np.ascontiguousarray(array, dtype=old.dtype).reshape(old.shape), sharding)
+def _ahead(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """function(*item) of each item, while the one before is being used."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        before = None
+        for item in items:
+            before, ready = pool.submit(function, *item), before
+            if ready is not None:
+                yield ready.result()
+        if before is not None:
+            yield before.result()
