@@ -333,6 +333,19 @@ def test_the_exported_fixture_is_the_same_pipeline(loaded, tmp_path):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
+def test_the_parameters_of_network_and_t5_can_be_kept_in_half_precision():
+    folder = FIXTURES / "tiny_flux"
+    kinds = {"unet": "bfloat16", "vae": "bfloat16", "text_0": "float32", "text_1": "bfloat16"}
+    pipe = published.load(folder, variant="fp16", param_dtype=jnp.bfloat16)
+    for part, kind in kinds.items():
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(pipe.params[part])} == {kind}
+    prompt, _ = pipe.tokenize(["a cat"], [""])
+    half = jax.jit(pipe.encode)(pipe.params, prompt)
+    whole = jax.jit(pipe.encode)(published.load(folder, variant="fp16").params, prompt)
+    np.testing.assert_array_equal(half["vector"], whole["vector"])
+    assert 0 < np.abs(half["tokens"] - whole["tokens"]).max() < 0.05 * np.abs(whole["tokens"]).max()
+
+
 def test_the_command_draws_with_flux(tmp_path):
     out = tmp_path / "x.png"
     command = ["--pretrained", str(FIXTURES / "tiny_flux"), "--variant", "fp16", "--prompt", "a cat", "--out", str(out)]

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from jaxdiff.pipelines import LatentDiffusion
 from jaxdiff.pretrained import families, files, schedulers, single_file, transformer, unet, vae
 from jaxdiff.pretrained import text as encoders
 from jaxdiff.pretrained.families import CLASSES, Family
+from jaxdiff.pretrained.layout import Shardings
 from jaxdiff.text.clip import CLIPText
 from jaxdiff.text.encoder import TextFeatures
 from jaxdiff.text.prompts import Chunks, chunk
@@ -131,11 +133,13 @@ def load(
     variant: str | None = None,
     dtype: Any = None,
     param_dtype: Any = jnp.float32,
+    shardings: Shardings | None = None,
 ) -> Pipeline:
     """A pipeline from its folder, or from an original single file and the folder of its `configs`.
 
     variant: "fp16" reads such files. dtype: that of the computation, of network and autoencoder; param_dtype: that in
-    which their parameters are kept. Raises CheckpointError, UnsafeFileError or DataError, naming the file.
+    which their parameters and T5's are kept. shardings: from the shapes of a part, such as `train.mesh.state_sharding`.
+    Raises CheckpointError, UnsafeFileError or DataError, naming the file.
     """
     path = Path(path).expanduser()
     folder = path if path.is_dir() else Path(configs or "").expanduser()
@@ -148,7 +152,7 @@ def load(
     chain = schedulers.read(
         files.config(folder / "scheduler", "scheduler_config.json"), to_last=family is families.FLUX
     )
-    settings = {"dtype": dtype, "param_dtype": param_dtype}
+    settings = {"dtype": dtype, "param_dtype": param_dtype, "shardings": shardings}
     params: dict[str, Any] = {}
     module = unet if family.net is SDUNet else transformer
     if not isinstance(module.network(sources["unet"][1]), family.net):
@@ -159,8 +163,8 @@ def load(
     coder, params["vae"] = vae.load(*sources["vae"], **settings)
     text = []
     for i in present:
-        read = encoders.t5 if family.text[i] == "t5" else encoders.clip_text
-        encoder, params[f"text_{i}"] = read(*sources[f"text_{i}"])
+        read = partial(encoders.t5, param_dtype=param_dtype) if family.text[i] == "t5" else encoders.clip_text
+        encoder, params[f"text_{i}"] = read(*sources[f"text_{i}"], shardings=shardings)
         text.append(encoder)
     tokenizers = tuple(_tokenizer(folder, i, encoder, net) for i, encoder in zip(present, text, strict=True))
     learned = family is families.DIT and net.out_channels == 2 * net.in_channels

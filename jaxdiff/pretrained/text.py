@@ -91,9 +91,13 @@ def t5(
     *,
     variant: str | None = None,
     dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
     shardings: Shardings | None = None,
 ) -> tuple[T5Encoder, PyTree]:
-    """The encoder of a T5 and its parameters, as `clip_text`; a decoder in the same file is left."""
+    """The encoder of a T5 and its parameters, as `clip_text`; a decoder in the same file is left.
+
+    param_dtype: that in which the parameters are kept. XXL has 19 GB of them in float32.
+    """
     tensors, settings = _open(source, config, variant)
     get = _reader(settings)
     gate, _, act = str(get("feed_forward_proj", "relu")).rpartition("-")
@@ -105,7 +109,7 @@ def t5(
     )  # fmt: skip
     if "shared.weight" in tensors:  # published files hold the embedding twice
         tensors = {name: t for name, t in tensors.items() if name != "encoder.embed_tokens.weight"}
-    return model, _load(model, tensors, _t5_table(model), ("decoder.*", "lm_head.*"), shardings)
+    return model, _load(model, tensors, _t5_table(model), ("decoder.*", "lm_head.*"), shardings, param_dtype)
 
 
 def bert(
@@ -182,8 +186,16 @@ def _size(tensors: Mapping[str, Any], name: str, axis: int) -> int | None:
     return None if tensor is None else int(tensor.shape[axis])
 
 
-def _load(model: nn.Module, tensors: Mapping[str, Any], table: list[Rule], ignore: Any, shardings: Any) -> PyTree:
+def _load(
+    model: nn.Module,
+    tensors: Mapping[str, Any],
+    table: list[Rule],
+    ignore: Any,
+    shardings: Any,
+    param_dtype: Any = jnp.float32,
+) -> PyTree:
     shapes = jax.eval_shape(model.init, jax.random.key(0), *_EXAMPLES[type(model)](model))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, param_dtype), shapes)
     if shardings is not None:
         shapes = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(shapes)

@@ -43,9 +43,9 @@ class Norm(nn.Module):
         if not self.rms:
             h = h - h.mean(axis=-1, keepdims=True)  # before the squares: their difference would lose digits
         h = h * jax.lax.rsqrt(jnp.square(h).mean(axis=-1, keepdims=True) + self.eps)
-        h = h * self.param("scale", nn.initializers.ones, (x.shape[-1],)).reshape(affine)
+        h = h * self.param("scale", nn.initializers.ones, (x.shape[-1],)).astype(h.dtype).reshape(affine)
         if not self.rms:
-            h = h + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).reshape(affine)
+            h = h + self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(h.dtype).reshape(affine)
         return h.astype(x.dtype)
 
 
