@@ -333,6 +333,24 @@ def test_the_exported_fixture_is_the_same_pipeline(loaded, tmp_path):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
 
 
+def test_a_picture_is_drawn_anew_from_a_time_on(loaded):
+    """SDEdit: almost at the end nothing is left to change, at the beginning nothing is known."""
+    pipe, _, _ = loaded
+    image = jax.random.uniform(jax.random.key(5), (1, 16, 16, 3), minval=-0.5, maxval=0.5)
+    prompt, _ = pipe.tokenize(["a cat"], [""])
+
+    @jax.jit
+    def again(params, image, times):
+        cond, used = pipe.encode(params, prompt), solver.euler(pipe.model.schedule)
+        arguments = (jax.random.key(0), pipe.model, params, image, cond, cond)
+        made = pipelines.image_to_image(*arguments, times=times, solver=used, scale=1)
+        return made, pipelines.decode(pipe.model, params, pipelines.encode(pipe.model, params, image))
+
+    made, same = again(pipe.params, image, np.float32([1e-4, 0.0]))
+    np.testing.assert_allclose(made, same, atol=0.01)
+    assert np.abs(again(pipe.params, image, np.float32([1.0, 0.0]))[0] - same).mean() > 0.05
+
+
 def test_the_parameters_of_network_and_t5_can_be_kept_in_half_precision():
     folder = FIXTURES / "tiny_flux"
     kinds = {"unet": "bfloat16", "vae": "bfloat16", "text_0": "float32", "text_1": "bfloat16"}

@@ -1,4 +1,4 @@
-"""A block of each kind of FLUX.1 at its full width, diffusers' beside ours: 522 M parameters, 5 GB of memory and disk.
+"""A block of each kind of FLUX.1 at its full width, diffusers' beside ours: 546 M parameters, 3 GB of memory.
 
 python -m tests.oracles.full_width        needs the witness extra; `tests/test_witness_transformers.py` has less
 """
