@@ -21,7 +21,7 @@ from jaxdiff.nets import flux as rooms
 from jaxdiff.nets.joint import rotate
 from jaxdiff.pretrained import files, schedulers, transformer
 from jaxdiff.pretrained import pipelines as published
-from tests.oracles import compiles, tiny_flow, tiny_sd
+from tests.oracles import compiles, mutations, tiny_flow, tiny_sd
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NETS = {
@@ -232,7 +232,8 @@ def test_export_and_import_change_no_bit_and_every_key_is_accounted_for(made, na
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shift": 0.0}, "shift must be > 0"),
+        ({"shift": 0.0}, r"shift must be in \(0, 10000\]"),
+        ({"max_shift": 1e9}, "max_shift its logarithms"),
         ({"base_image_seq_len": 4096}, "differ from max_image_seq_len"),
         ({"time_shift_type": "linear"}, "time_shift_type must be 'exponential'"),
         ({"use_karras_sigmas": True}, "use_karras_sigmas must be absent"),
@@ -243,6 +244,20 @@ def test_export_and_import_change_no_bit_and_every_key_is_accounted_for(made, na
 def test_a_flow_with_settings_that_are_not_known_is_refused(change, message):
     with pytest.raises(CheckpointError, match=message):
         schedulers.read({"_class_name": "FlowMatchEulerDiscreteScheduler"} | change)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_damaged_configs_are_read_or_give_a_named_error(name):
+    flow = files.config(FIXTURES / "tiny_flux" / "scheduler", "scheduler_config.json")
+    refused = 0
+    for seed in range(100):
+        random = np.random.default_rng(seed)
+        try:
+            transformer.network(mutations.edit(random, CONFIGS[name]))
+            schedulers.read(mutations.edit(random, flow), to_last=True).times(4)
+        except (CheckpointError, ConfigError):
+            refused += 1
+    assert 50 < refused < 100
 
 
 def test_the_times_of_a_flow():
@@ -258,6 +273,8 @@ def test_the_times_of_a_flow():
         np.testing.assert_allclose(dynamic.times(2, "euler", tokens), [1, wanted, 0])
     with pytest.raises(ConfigError, match="num_steps"):
         dynamic.times(0)
+    with pytest.raises(ConfigError, match="tokens must be about 256 to 4096"):
+        dynamic.times(4, "euler", 10**6)
 
 
 @pytest.fixture(scope="module", params=["tiny_sd3", "tiny_flux"])

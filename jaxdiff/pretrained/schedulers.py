@@ -92,21 +92,27 @@ def _flow(settings: Settings, to_last: bool) -> Chain:
     ends = [settings.integer(f"{name}_image_seq_len", n) for name, n in (("base", 256), ("max", 4096))]
     mus = [settings.number(f"{name}_shift", mu) for name, mu in (("base", 0.5), ("max", 1.15))]
     settings.finish()
-    if not shift > 0 or ends[0] == ends[1]:
+    if not 0 < shift <= _MAX_SHIFT or ends[0] == ends[1] or max(map(abs, mus)) > math.log(_MAX_SHIFT):
         raise CheckpointError(
-            f"scheduler_config.json: shift must be > 0 and base_image_seq_len differ from max_image_seq_len, "
-            f"got {shift} and {ends[0]}."
+            f"scheduler_config.json: shift must be in (0, {_MAX_SHIFT}], base_shift and max_shift its logarithms, and "
+            f"base_image_seq_len differ from max_image_seq_len; got {shift}, {mus} and {ends}."
         )
 
     def times(num_steps: int, solver: str = "euler", tokens: int = 4096) -> np.ndarray:
         check_count("num_steps", num_steps, "Stable Diffusion 3 is used with 28, FLUX schnell with 4.")
         mu = mus[0] + (mus[1] - mus[0]) * (tokens - ends[0]) / (ends[1] - ends[0])
+        if not abs(mu) <= math.log(_MAX_SHIFT):
+            raise ConfigError(f"tokens must be about {ends[0]} to {ends[1]}, as the chain was made for, got {tokens}.")
         s = math.exp(mu) if dynamic else shift
         first = 1 / T if dynamic else _shifted(1 / T, s)
         last = 1 / num_steps if to_last else first
         return np.append(_shifted(np.linspace(1, last, num_steps), s), 0.0)
 
     return Chain(schedules.rectified_flow(), target.velocity, flow_index(T), "euler", None, times)
+
+
+_MAX_SHIFT = 10_000
+"""Published are shifts of 1 to 12; what is far beyond leaves no time but 1."""
 
 
 def _shifted(u: Any, s: float) -> Any:
