@@ -28,6 +28,7 @@ from jaxdiff.errors import CheckpointError, ConfigError
 from jaxdiff.nets import SDUNet
 from jaxdiff.pretrained import inversion, lora
 from jaxdiff.pretrained import pipelines as published
+from jaxdiff.pretrained.layout import Shardings
 from jaxdiff.pretrained.pipelines import Pipeline, Prompts
 from jaxdiff.text.cache import fingerprint
 from jaxdiff.train import checkpoint
@@ -46,7 +47,7 @@ class Tuning(Job):
     def build(self) -> None:
         """The pipeline, what of it trains, and what samples from it."""
         config, size = self.config, (self.config.data.size,) * 2
-        self.pipe = open_pipeline(config)
+        self.pipe = open_pipeline(config, functools.partial(train.mesh.state_sharding, self.mesh))
         self.tokenizer, self.coder = None, latents.Coder(self.pipe.model.vae, self.pipe.params["vae"])
         self.coder.shape(self.info["shape"])
         self.weights = fingerprint(self.pipe.model.unet, self.pipe.params)
@@ -87,9 +88,10 @@ class Tuning(Job):
 
     def fresh(self) -> dict[str, Any]:
         """The carry before the first step, each device with its own share."""
-        pipe = open_pipeline(self.config) if self.config.tune.method == "full" else self.pipe
         begin = functools.partial(models.begin, config=self.config)
-        return jax.jit(begin, out_shardings=train.mesh.state_sharding(self.mesh, self.abstract))(self._first(pipe))
+        place = functools.partial(train.mesh.state_sharding, self.mesh)
+        pipe = open_pipeline(self.config, place) if self.config.tune.method == "full" else self.pipe
+        return jax.jit(begin, out_shardings=place(self.abstract))(self._first(pipe))
 
     def write_header(self) -> None:
         """As of any run, and which weights it began from."""
@@ -162,13 +164,13 @@ class Tuning(Job):
         )
 
 
-def open_pipeline(config: Config) -> Pipeline:
+def open_pipeline(config: Config, shardings: Shardings | None = None) -> Pipeline:
     """The published model of `config`, with its new word where there is one. Raises ConfigError for another kind."""
     c = config.tune
     if config.train.dtype not in models.DTYPES:
         raise cli.unknown("train.dtype", config.train.dtype, models.DTYPES)
     dtype = None if config.train.dtype == "float32" else models.DTYPES[config.train.dtype]
-    pipe = published.load(config.pretrained, variant=c.variant or None, dtype=dtype)
+    pipe = published.load(config.pretrained, variant=c.variant or None, dtype=dtype, shardings=shardings)
     net = pipe.model.unet
     if not isinstance(net, SDUNet) or net.in_channels != pipe.model.vae.latent_channels:
         raise ConfigError(f"{config.pretrained} cannot be fine-tuned here: that is for Stable Diffusion 1, 2 and XL.")
