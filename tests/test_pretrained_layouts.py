@@ -195,8 +195,8 @@ def test_pickles_and_foreign_pipelines_are_refused(tmp_path):
     shutil.copy(FOLDER / "unet" / "config.json", tmp_path / "unet")
     with pytest.raises(UnsafeFileError, match="pickle"):
         unet.load(tmp_path / "unet")
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(CheckpointError, match="FluxPipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "HunyuanDiTPipeline"}')
+    with pytest.raises(CheckpointError, match="HunyuanDiTPipeline"):
         published.load(tmp_path)
 
 
