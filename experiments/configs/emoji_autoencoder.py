@@ -4,8 +4,8 @@
     python -m experiments.train --config=latent_emoji          then, in its latents
 
 Larger pictures of your own:  --config.data.size=64 --config.data.path=FILE.npz
-Cost: to be measured.
-Expect: in samples/ each picture and, on its right, what comes back; it should be hard to tell them apart.
+Cost: 2,000 steps; 1,000 of them took 7 minutes of processor time on two cores (see RESULTS.md).
+Expect: in samples/ each picture and, on its right, what comes back: after 1,000 steps recognisable, a little blurred.
 With LPIPS:  --config.autoencoder.lpips=FILE.safetensors     (pictures of 31 x 31 and more; its weights are not ours)
 """
 
