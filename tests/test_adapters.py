@@ -285,18 +285,20 @@ def words(folder, tmp_path):
 
 
 def test_the_command_shows_them_the_pictures(words, tmp_path, monkeypatch):
-    found = []
+    found, real = [], experiments.pretrained.program
 
     def program(pipe, used, size):
-        def draw(params, keys, prompt, negative, scale, times, shown):
-            found.append((pipe, shown))
-            return np.zeros((len(keys), *size, 3))
+        def draw(*arguments):
+            found.append((pipe, arguments[-1]))
+            made = jax.eval_shape(real(pipe, used, size), *arguments)  # all but the numbers: they are the functions'
+            return np.zeros(made.shape, made.dtype)
 
         return draw
 
     monkeypatch.setattr(experiments.pretrained, "program", program)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        assert experiments.sample.run(words) == 0
+        assert experiments.sample.run([*words, "--num", "3", "--batch", "2"]) == 0
+    assert len(found) == 2  # batches
     pipe, shown = found[0]
     assert {"control_0", "ip_adapter"} <= set(pipe.params)
     (picture,), scale = shown["control"]
