@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from experiments import cli, export, finetune
 from jaxdiff.pretrained import lora
 from jaxdiff.pretrained import pipelines as published
+from jaxdiff.train import checkpoint
 
 torch = pytest.importorskip("torch", reason="needs the witness extra: torch, diffusers, transformers")
 diffusers = pytest.importorskip("diffusers", reason="needs the witness extra: torch, diffusers, transformers")
@@ -84,3 +87,52 @@ def test_a_lora_is_theirs_in_every_layout(pipe, folder, trained, layout, tmp_pat
     found = theirs(net, x, tokens)
     assert np.abs(found - plain).max() > 0.1  # the addition is heard
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def written(folder, tmp_path, method):
+    """What is written out of a run of `method` whose parameters have moved, and its command line's config."""
+    (tmp_path / "pictures").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((16, 16, 3), 20 * i, np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    settings = {
+        "pretrained": folder, "tune.method": method, "tune.prompt": "a <cat>", "tune.token": "<cat>", "tune.like": "a",
+        "tune.rank": 2, "tune.alpha": 3, "data.path": tmp_path / "pictures", "data.size": 16, "train.batch_size": 8,
+    }  # fmt: skip
+    config = cli.load_config("finetune")
+    for key, value in settings.items():
+        cli.override(config, key, str(value))
+    run = finetune.Tuning(config, tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    run.write_header()
+    rng = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda x: x + np.float32(0.1 * rng.normal(size=x.shape)) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        run.fresh(),
+    )
+    with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        checkpoints.save(moved, 1, run.meta)
+    assert export.run([f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'out'}"]) == 0
+    pipe = finetune.open_pipeline(config)
+    whole = run.model.method.complete(moved["state"].ema_params["ema"], pipe.params)
+    return tmp_path / "out", pipe, whole
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_is_written_as_they_load_it(folder, tmp_path, method):
+    out, pipe, whole = written(folder, tmp_path, method)
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(out if method == "full" else folder)
+    if method == "lora":
+        loaded.load_lora_weights(out)
+    x, tokens, wanted = ours(pipe, whole)
+    assert np.abs(wanted - ours(pipe, pipe.params)[2]).max() > 0.1
+    np.testing.assert_allclose(theirs(loaded.unet, x, tokens), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_learned_word_is_theirs(folder, tmp_path):
+    out, pipe, whole = written(folder, tmp_path, "textual_inversion")
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    loaded.load_textual_inversion(out)
+    prompt, _ = pipe.tokenize(["a <cat> on a mat"], [""])
+    found = loaded.encode_prompt("a <cat> on a mat", "cpu", 1, False)[0].detach().numpy()
+    np.testing.assert_allclose(found, pipe.encode(whole, prompt)["tokens"], rtol=0, atol=1e-5)
+    assert np.abs(found - pipe.encode(pipe.params, prompt)["tokens"]).max() > 1e-2
