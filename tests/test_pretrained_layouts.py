@@ -213,7 +213,7 @@ def test_the_chain_of_a_scheduler_config():
     np.testing.assert_allclose(chain.times(4), [1.0, 0.75, 0.5, 0.25, 0.0])
     assert schedulers.read({"_class_name": "DDPMScheduler"}).clip == 1.0
     for wrong, message in (
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name"),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "_class_name"),
         ({"beta_schedule": "odd"}, "beta_schedule"),
         ({"beta_end": 7}, "beta_end"),
         ({"trained_betas": ["a"]}, "trained_betas"),
