@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import check, cli, compare, inputs, pretrained, train, trained
+from experiments import check, cli, compare, inputs, memory, pretrained, train, trained
 from experiments import model as models
 from jaxdiff import (
     data,
@@ -91,7 +91,9 @@ def understand(module, words, monkeypatch, directory):
     monkeypatch.setattr(trained, "load", stop)
     monkeypatch.setattr(compare, "hold", stop)
     monkeypatch.setattr(pretrained.published, "load", stop)
-    monkeypatch.setattr(train, "Job", lambda config, workdir: stop(check.config(config)))
+    monkeypatch.setattr(memory, "lowered", stop)
+    for place, name in ((train, "Job"), (train.finetune, "Tuning")):
+        monkeypatch.setattr(place, name, lambda config, workdir: stop(check.config(config)))
     with pytest.raises(Understood):
         importlib.import_module(module).run(words)
 
