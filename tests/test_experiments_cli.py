@@ -95,7 +95,7 @@ def test_call_does_not_evaluate_code():
         cli.call("thing", "one(a=__import__('os').getcwd())", {"one": lambda a: a})
 
 
-@pytest.mark.parametrize("name", cli.config_names())
+@pytest.mark.parametrize("name", sorted({*cli.config_names()} - {"finetune"}))  # which begins from a published model
 def test_every_config_describes_a_model_that_can_be_built(name, tmp_path):
     config = cli.load_config(name)
     check.config(config)
