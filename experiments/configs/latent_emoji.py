@@ -4,8 +4,8 @@
     python -m experiments.sample --workdir=runs/latent_emoji --prompt "red heart" --num 16
 
 Another autoencoder, of ours or of diffusers:  --config.frozen.autoencoder=DIR
-Cost: to be measured.
-Expect: the prompt decides colour and shape.
+Cost: 3,000 steps; 600 of them took 6 minutes of processor time, compilation included, on two cores (see RESULTS.md).
+Expect: after 600 steps hearts, faces and circles in the colours of their prompts; not yet apples, dogs or rockets.
 """
 
 from ml_collections import ConfigDict
