@@ -86,10 +86,10 @@ def run(directory, bad, monkeypatch, stop_at=None):
     def made(job, steps):
         step = make(job, steps)
 
-        def checked(state, batches, rows):
+        def checked(state, batches, *given):
             if int(state.step) == stop_at:
                 os.kill(os.getpid(), signal.SIGTERM)
-            state, metrics = step(state, batches, rows)
+            state, metrics = step(state, batches, *given)
             leaves = jax.tree.leaves((state.params, state.ema_params, state.opt_state))
             assert all(np.isfinite(leaf).all() for leaf in leaves), "parameters are not finite"
             seen.append(int(state.step))
